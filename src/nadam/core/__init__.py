@@ -1,0 +1,1 @@
+"""The rule and what leads up to it; knows no framework."""

@@ -1,0 +1,88 @@
+"""Step number -> this step's scalars, in float64 on the host."""
+
+from typing import NamedTuple
+
+# Dozat's constant: momentum warms up as 1 - MOMENTUM_WARMUP**(step * momentum_decay) / 2.
+MOMENTUM_WARMUP = 0.96
+
+
+class Coefficients(NamedTuple):
+    """The scalars of one step, in the order in which `core.rule.update` takes them after ``decay``."""
+
+    exp_avg_weight: float
+    exp_avg_sq_weight: float
+    exp_avg_step: float
+    grad_step: float
+    correction: float
+    eps: float
+
+
+def momentum(beta1: float, momentum_decay: float, step: int) -> float:
+    """Momentum at a step: ``beta1 * (1 - 0.96**(step * momentum_decay) / 2)``.
+
+    Args:
+        beta1: Momentum once warmed up, in [0, 1).
+        momentum_decay: How fast it warms up, >= 0: 1 is Keras, 0.004 PyTorch, infinity optax.
+        step: Number of the update, from 1.
+
+    Example:
+        >>> momentum(0.9, momentum_decay=1.0, step=1)
+        0.468
+    """
+    warming: float = MOMENTUM_WARMUP ** (step * momentum_decay)
+    return beta1 * (1.0 - 0.5 * warming)
+
+
+def coefficients(
+    step: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    momentum_decay: float,
+    momentum_product: float,
+) -> tuple[Coefficients, float]:
+    """This step's scalars and the new momentum product.
+
+        momentum_product *= momentum
+        exp_avg_step = lr * next_momentum / (1 - momentum_product * next_momentum)
+        grad_step    = lr * (1 - momentum) / (1 - momentum_product)
+        correction   = 1 / (1 - beta2**step)
+
+    Args:
+        step: Number of the update, from 1.
+        lr: Learning rate, >= 0.
+        beta1: Decay rate of the first moment, in [0, 1).
+        beta2: Decay rate of the second moment, in [0, 1).
+        eps: Added outside the square root, >= 0.
+        momentum_decay: How fast the momentum warms up, >= 0, infinity included.
+        momentum_product: Product of the momenta of the updates before this one; 1 before the first.
+
+    Returns:
+        The coefficients and the momentum product including this update.
+
+    Example:
+        >>> c, product = coefficients(
+        ...     1, lr=0.5, beta1=0.9, beta2=0.75, eps=1e-7, momentum_decay=1.0, momentum_product=1.0
+        ... )
+        >>> round(c.exp_avg_weight, 6), c.correction, product
+        (0.1, 4.0, 0.468)
+
+    Reference:
+        Dozat (2016), Incorporating Nesterov Momentum into Adam, Algorithm 2.
+    """
+    now = momentum(beta1, momentum_decay, step)
+    following = momentum(beta1, momentum_decay, step + 1)
+    product = momentum_product * now
+    return (
+        Coefficients(
+            exp_avg_weight=1.0 - beta1,
+            exp_avg_sq_weight=1.0 - beta2,
+            exp_avg_step=lr * following / (1.0 - product * following),
+            grad_step=lr * (1.0 - now) / (1.0 - product),
+            correction=1.0 / (1.0 - beta2**step),
+            eps=eps,
+        ),
+        product,
+    )

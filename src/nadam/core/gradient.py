@@ -1,0 +1,56 @@
+"""From the gradient as delivered to the one that the rule sees: unscale, accumulate, clip.
+
+Unscaling and clipping by norm are one multiplier, ``grad_factor``, which the pass applies as it loads the gradient.
+"""
+
+from math import hypot, isfinite, nan
+from typing import Any
+
+# Of floats, these keep a NaN that comes first; each compiler has its own (rebind.py), which must too.
+minimum, maximum = min, max
+
+
+def limit(grad: Any, clipvalue: Any) -> Any:
+    """Each element held to [-clipvalue, clipvalue]; NaN stays NaN. Compiled into the pass like the rule.
+
+    Example:
+        >>> limit(3.0, 1.0), limit(-3.0, 1.0), limit(0.5, 1.0)
+        (1.0, -1.0, 0.5)
+    """
+    return maximum(minimum(grad, clipvalue), -clipvalue)
+
+
+def clip_factor(norm: float, clipnorm: float) -> float:
+    """The multiplier that brings a gradient of this norm to at most ``clipnorm``.
+
+    Args:
+        norm: The gradient's Euclidean norm; infinite only where the gradient holds an infinity.
+        clipnorm: Largest norm allowed, > 0.
+
+    Example:
+        >>> clip_factor(norm=4.0, clipnorm=1.0), clip_factor(norm=0.5, clipnorm=1.0)
+        (0.25, 1.0)
+    """
+    return norm if norm != norm else (clipnorm / norm if norm > clipnorm else 1.0)
+
+
+def global_clip_factor(norm: float, clipnorm: float) -> float:
+    """As `clip_factor`, for the norm of all gradients together.
+
+    An infinity or NaN in one gradient makes every parameter NaN, as in Keras: silence would hide it.
+
+    Example:
+        >>> global_clip_factor(norm=inf, clipnorm=1.0)
+        nan
+    """
+    return clip_factor(norm, clipnorm) if isfinite(norm) else nan
+
+
+def total_norm(norms: list[float]) -> float:
+    """The norm of several tensors together, from the norm of each; no square overflows.
+
+    Example:
+        >>> total_norm([3e200, 4e200])
+        5e+200
+    """
+    return hypot(*norms)
