@@ -1,0 +1,1 @@
+"""The rule compiled; knows no hyperparameters."""

@@ -1,0 +1,113 @@
+"""Number formats in memory, for Numba: how each is widened on load and rounded on store.
+
+The rule computes in float32, or in float64 for float64 parameters; half precision is 16 bits in memory and nothing
+else. The conversions are integer arithmetic, so they need no instruction that an older processor lacks.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import float32, float64, njit, types, uint16, uint32
+from numba.extending import intrinsic
+
+# Scales a float32 by the difference of the two formats' exponent biases (127 - 15).
+_HALF_BIAS = float.fromhex("0x1p112")
+
+
+@intrinsic
+def float_from_bits(typing: Any, bits: Any) -> Any:
+    """The float32 that has these 32 bits."""
+    return types.float32(types.uint32), lambda context, b, sig, args: b.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of_float(typing: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+    return types.uint32(types.float32), lambda context, b, sig, args: b.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def choose(typing: Any, condition: Any, this: Any, that: Any) -> Any:
+    """``this if condition else that`` on 32 bits, without a branch: a branch would keep the loop from vectorizing."""
+    bits = types.uint32
+    return bits(types.boolean, bits, bits), lambda context, b, sig, args: b.select(
+        context.cast(b, args[0], types.boolean, types.boolean), args[1], args[2]
+    )
+
+
+# Numba makes the sum of two uint32 a uint64, hence a uint32() around each step below.
+
+
+@njit(inline="always")
+def to_nearest_even(bits, dropped):  # type: ignore[no-untyped-def]
+    """An integer whose upper bits are right once the ``dropped`` lower ones go."""
+    last = uint32(uint32(bits >> uint32(dropped)) & uint32(1))
+    return uint32(uint32(bits + last) + uint32((1 << (dropped - 1)) - 1))
+
+
+@njit(inline="always")
+def widen_bfloat16(bits):  # type: ignore[no-untyped-def]
+    """bfloat16 bits -> float32, exact: they are its upper half."""
+    return float_from_bits(uint32(uint32(bits) << uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16(value):  # type: ignore[no-untyped-def]
+    """float32 -> bfloat16 bits, to nearest even; a NaN is not rounded (it would carry over) but made quiet."""
+    bits = bits_of_float(value)
+    quiet = uint32(bits | uint32(0x00400000))
+    return uint16(uint32(choose(value != value, quiet, to_nearest_even(bits, 16)) >> uint32(16)))
+
+
+@njit(inline="always")
+def widen_float16(bits):  # type: ignore[no-untyped-def]
+    """IEEE half bits -> float32, exact: subnormals by the multiplication, infinity and NaN by their exponent."""
+    magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
+    finite = bits_of_float(float_from_bits(magnitude) * float32(_HALF_BIAS))
+    special = uint32(magnitude | uint32(0x7F800000))
+    sign = uint32(uint32(uint32(bits) & uint32(0x8000)) << uint32(16))
+    return float_from_bits(uint32(choose(magnitude >= uint32(0x0F800000), special, finite) | sign))
+
+
+@njit(inline="always")
+def narrow_float16(value):  # type: ignore[no-untyped-def]
+    """float32 -> IEEE half bits, to nearest even; subnormal halves by adding 0.5, whose last bit is theirs."""
+    bits = bits_of_float(value)
+    magnitude = uint32(bits & uint32(0x7FFFFFFF))
+    normal = uint32(to_nearest_even(uint32(magnitude - uint32(0x38000000)), 13) >> uint32(13))
+    subnormal = uint32(bits_of_float(float_from_bits(magnitude) + float32(0.5)) - uint32(0x3F000000))
+    finite = choose(magnitude < uint32(0x38800000), subnormal, normal)
+    special = choose(magnitude > uint32(0x7F800000), uint32(0x7E00), uint32(0x7C00))
+    half = choose(magnitude >= uint32(0x477FF000), special, finite)
+    return uint16(uint32(half | uint32(uint32(bits & uint32(0x80000000)) >> uint32(16))))
+
+
+@njit(inline="always")
+def to_float32(value):  # type: ignore[no-untyped-def]
+    """Any number -> float32."""
+    return float32(value)
+
+
+@njit(inline="always")
+def to_float64(value):  # type: ignore[no-untyped-def]
+    """Any number -> float64."""
+    return float64(value)
+
+
+class Format(NamedTuple):
+    """How a number format lies in memory and becomes the compute dtype."""
+
+    storage: Any  # Numba type of one element in memory
+    width: int  # bytes
+    widen: Callable[..., Any]
+    narrow: Callable[..., Any]
+
+
+FORMATS = {
+    "float16": Format(types.uint16, 2, widen_float16, narrow_float16),
+    "bfloat16": Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
+    "float32": Format(types.float32, 4, to_float32, to_float32),
+    "float64": Format(types.float64, 8, to_float64, to_float64),
+}
+CASTS = {"float32": to_float32, "float64": to_float64}

@@ -1,0 +1,160 @@
+"""How NumPy arrays lie in memory, told to the kernels; and a quick look whether they still lie so."""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.kernels import native
+from nadam.kernels.table import address
+
+Array = NDArray[Any]
+
+# Words of the C struct of an array (PyArrayObject_fields), after the two that begin every Python object.
+DATA, STRUCT_NDIM, DIMENSIONS, STRIDES, DESCRIPTOR, STRUCT_FLAGS = 2, 3, 4, 5, 7, 8
+# What is expected of an array: type object, dimensions, flags that are set, alignment, its first and last byte's place
+# from its address; then sizes and strides.
+TYPE, NDIM, FLAGS, ALIGNMENT, LOW, HIGH, SHAPE = range(7)
+WRITEABLE = 0x0400
+# Arguments of the kernel in headers.py.
+ARRAYS, EXPECTED, TABLE, LOWS, HIGHS, NUM_TENSORS, NUM_RANGES, MISMATCH = range(8)
+
+DENSE = np.array([-1])
+
+
+def axis_order(state: Array) -> list[int]:
+    """The axes of an array that is dense in memory, outermost first.
+
+    Example:
+        >>> axis_order(np.zeros((2, 3), order="F"))
+        [1, 0]
+    """
+    return sorted(range(state.ndim), key=lambda axis: -state.strides[axis])
+
+
+def layout(array: Array, order: Sequence[int]) -> NDArray[np.int64]:
+    """How an array lies when its axes are taken in an order: dimensions, sizes, strides in bytes; -1 where it is dense.
+
+    A complex array is one of reals with one more axis, of size 2.
+
+    Example:
+        >>> layout(np.zeros((2, 3)), [0, 1]).tolist(), layout(np.zeros((2, 3))[:, ::2], [0, 1]).tolist()
+        ([-1], [2, 2, 2, 24, 16])
+    """
+    sizes, strides = [array.shape[axis] for axis in order], [array.strides[axis] for axis in order]
+    width = array.itemsize
+    if array.dtype.kind == "c":
+        width //= 2
+        sizes, strides = [*sizes, 2], [*strides, width]
+    step, dense = width, address(array) % width == 0
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        dense = dense and (size == 1 or stride == step)
+        step *= size
+    return DENSE if dense else np.array([len(sizes), *sizes, *strides], np.int64)
+
+
+def bounds(array: Array) -> tuple[int, int]:
+    """The addresses of an array's first byte and of the one after its last.
+
+    Example:
+        >>> a = np.zeros(4, np.float32)
+        >>> low, high = bounds(a[::-1])
+        >>> high - low
+        16
+    """
+    low = high = address(array)
+    if array.size == 0:
+        return low, low
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        low, high = low + min(0, (size - 1) * stride), high + max(0, (size - 1) * stride)
+    return low, high + array.itemsize
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Whether two elements of an array share memory, as in one that was expanded.
+
+    Example:
+        >>> overlaps_itself(np.broadcast_to(np.zeros(1), (3,))), overlaps_itself(np.zeros((4, 4))[::2, ::3])
+        (True, False)
+    """
+    reach = array.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    if array.size == 0:
+        return False
+    offsets = np.zeros((), np.int64)
+    for stride, size in zip(array.strides, array.shape, strict=True):
+        offsets = offsets[..., None] + np.arange(size) * stride
+    distances = np.diff(np.sort(offsets, axis=None))
+    return bool((distances < array.itemsize).any())
+
+
+class Headers:
+    """A quick check that parameters and gradients lie as they did, and their addresses.
+
+    Args:
+        params: Parameters.
+        grads: Their gradients; those to come will lie as these.
+        table: Rows of the kernels' table of tensors, whose addresses are kept up to date.
+        written: All arrays that the step writes to; no gradient may overlap one.
+    """
+
+    def __init__(
+        self, params: Sequence[Array], grads: Sequence[Array], table: NDArray[np.int64], written: Sequence[Array]
+    ) -> None:
+        self._expected = [_expected(array, WRITEABLE) for array in params] + [_expected(array, 0) for array in grads]
+        self._pointers = np.array([address(wanted) for wanted in self._expected], np.int64)
+        ranges = sorted(bounds(array) for array in written)
+        self._lows = np.array([low for low, _ in ranges], np.int64)
+        self._highs = np.maximum.accumulate(np.array([high for _, high in ranges], np.int64))
+        self._params = params  # held, so that their identities stay theirs
+        self._arrays = np.fromiter(map(id, [*params, *grads]), np.int64, 2 * len(params))
+        self._grads = self._arrays[len(params) :]
+        self._table = table
+        addresses = [address(array) for array in (self._arrays, self._pointers, table, self._lows, self._highs)]
+        self._block = np.array([*addresses, len(params), len(ranges), -1], np.int64)
+        self._address, self._result = address(self._block), self._block.data
+        self._kernel = native.kernel("headers", "refresh")
+
+    def refresh(self, identities: NDArray[np.int64]) -> bool:
+        """Put the addresses of the parameters and of the gradients that have these identities into the table.
+
+        Returns:
+            Whether all of them lie as expected; if not, the table is not to be used.
+        """
+        self._grads[:] = identities
+        self._kernel(self._address, 0)
+        return self._result[MISMATCH] < 0
+
+
+def _expected(array: Array, flags: int) -> NDArray[np.int64]:
+    width = array.itemsize // 2 if array.dtype.kind == "c" else array.itemsize
+    alignment = width if address(array) % width == 0 else 1
+    low, high = (bound - address(array) for bound in bounds(array))
+    words = [id(array.dtype), array.ndim, flags, alignment, low, high, *array.shape, *array.strides]
+    return np.array(words, np.int64)
+
+
+@cache
+def headers_readable() -> bool:
+    """Whether this interpreter and this NumPy keep an array's header where headers.py reads it."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    array = np.zeros((3, 5), np.float32)[:, 1::2]
+    words = (ctypes.c_int64 * 9).from_address(id(array))
+    ndim = ctypes.c_int32.from_address(id(array) + 8 * STRUCT_NDIM).value
+    flags = ctypes.c_int32.from_address(id(array) + 8 * STRUCT_FLAGS).value
+    if (words[DATA], ndim, words[DESCRIPTOR]) != (address(array), 2, id(array.dtype)) or not flags & WRITEABLE:
+        return False
+    array.flags.writeable = False
+    flags = ctypes.c_int32.from_address(id(array) + 8 * STRUCT_FLAGS).value
+    sizes, strides = ((ctypes.c_int64 * 2).from_address(words[word]) for word in (DIMENSIONS, STRIDES))
+    return not flags & WRITEABLE and (tuple(sizes), tuple(strides)) == (array.shape, array.strides)

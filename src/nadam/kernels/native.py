@@ -1,0 +1,163 @@
+"""Kernels as machine code: compiled by Numba once on a machine, then loaded from disk without it.
+
+Numba's own cache fails where ours must not: a truncated or damaged file is loaded and run, a read-only home is an
+import error, a function keeps its old code when one that it inlines has changed, and starting Numba costs a second.
+Here a file's name is a digest of everything that the machine code depends on and the file begins with a digest of the
+rest, so what is loaded is what was written, by this very source; and whatever goes wrong, the kernel is compiled in
+memory instead.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from nadam.core import average, gradient, rule
+
+_DIGEST = hashlib.sha256().digest_size
+_SYMBOL_END = b"\n"
+_lock = Lock()
+_engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
+compilations = 0  # kernels that this process compiled, for those who want to know
+
+
+def kernel(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
+    """A kernel as a function that releases the GIL.
+
+    Args:
+        module: The module beside this one that builds it.
+        name: Of the function there that gives the Numba function.
+        *variant: What that takes.
+
+    Returns:
+        A function of two int64: the address of the kernel's arguments, and how much it may do in this call.
+    """
+    return _kernel(module, name, variant)
+
+
+@cache
+def _kernel(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, int], None]:
+    with _lock:
+        path = _path(f"{module}-{name}" + "".join(f"-{part}" for part in variant))
+        content = _read(path)
+        if content is None:
+            content = _compile(module, name, variant)
+            _write(path, content)
+        return _load(content)
+
+
+def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
+    """Machine code: the name of its function and an object file."""
+    global compilations
+    from numba import int64, types, void
+
+    compilations += 1
+    function = getattr(importlib.import_module(f"nadam.kernels.{module}"), name)(*variant)
+    signature = void(int64, int64)
+    function.compile(signature)
+    compiled = function.overloads[signature.args]
+    assert compiled.signature.return_type == types.none
+    _, _, (machine_code, _) = compiled.library.serialize_using_object_code()
+    symbol: str = compiled.fndesc.llvm_func_name
+    return symbol.encode() + _SYMBOL_END + bytes(machine_code)
+
+
+def _load(content: bytes) -> Callable[[int, int], None]:
+    symbol, machine_code = content.split(_SYMBOL_END, 1)
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+    engine.finalize_object()
+    _engines.append(engine)
+    # Numba's calling convention: where to put the result, where to put an exception, then the arguments.
+    convention = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    function = convention(engine.get_function_address(symbol.decode()))
+    unused = ctypes.create_string_buffer(64)
+    nowhere = ctypes.addressof(unused)
+
+    def call(block: int, budget: int, _keep: Any = unused) -> None:
+        function(nowhere, nowhere, block, budget)
+
+    return call
+
+
+def _read(path: Path | None) -> bytes | None:
+    with suppress(Exception):
+        if path is not None:
+            content = path.read_bytes()
+            if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+                return content[_DIGEST:]
+    return None
+
+
+def _write(path: Path | None, content: bytes) -> None:
+    with suppress(Exception):
+        if path is not None:
+            handle, temporary = tempfile.mkstemp(dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(content).digest() + content)
+                os.replace(temporary, path)  # at once: another process sees the old file, the new one or none
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+def _path(name: str) -> Path | None:
+    """Where the machine code of a kernel is kept; None where there is no place that only this user can write to."""
+    with suppress(Exception):
+        folder = cache_directory()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if hasattr(os, "geteuid"):
+            status = folder.stat()
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+                return None
+        key = f"{name} {_environment()} {_mathematics()}"
+        return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
+    return None
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: the environment's NADAM_CACHE_DIR, or ``nadam`` in the user's cache folder."""
+    asked = os.environ.get("NADAM_CACHE_DIR")
+    if asked:
+        return Path(asked)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home())
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "nadam"
+
+
+@cache
+def _environment() -> str:
+    """What machine code depends on besides the kernel's name and the mathematics."""
+    sources = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(source.name.encode() + b"\0" + source.read_bytes())
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()
+    versions = (sys.implementation.cache_tag, version("numba"), version("llvmlite"))
+    return f"{versions} {settings} {llvm.get_process_triple()} {processor} {sources.hexdigest()}"
+
+
+def _mathematics() -> str:
+    """The functions that are compiled into the passes, as they are now."""
+    codes = [function.__code__ for function in (rule.update, gradient.limit, average.average)]
+    return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])

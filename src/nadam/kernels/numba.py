@@ -1,0 +1,198 @@
+"""The passes over memory on the CPU, compiled by Numba from the rule.
+
+Each kernel takes a whole group of tensors at once (table.py) and works through its chunks: it draws the next one from a
+counter that all threads share, so that a slow thread never holds up a fast one, and comes back to Python after
+``budget`` chunks, so that a signal is answered. `measure` only reads the gradients, `accumulate` adds them up, and
+`one_pass` does everything else. Only native.py calls these, and only where the machine code is not on disk.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from numba import float64, int64, njit
+
+from nadam.core import average, gradient, rule
+from nadam.core.rebind import rebind
+from nadam.kernels.formats import CASTS, FORMATS
+from nadam.kernels.memory import PIECE, access, doubles, fetch_add, integers, pointer_to
+from nadam.kernels.spans import (
+    ACCUMULATOR,
+    ADVANCED,
+    CHUNK_COLUMNS,
+    CHUNKS,
+    CLOCK,
+    CLOCK_SIZE,
+    COLUMNS,
+    COMPUTE_DTYPE,
+    CONTROL,
+    COUNT,
+    EMA,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    EXTRA,
+    GRAD,
+    GRAD_LAYOUT,
+    NUM_CHUNKS,
+    PARAM,
+    PARAM_LAYOUT,
+    ROWS,
+    START,
+    STOP,
+    TENSOR,
+    TICKET,
+)
+
+# Fused multiply-add and a shared reciprocal, nothing that assumes away NaN or infinity.
+KEEP_NAN = {"contract", "nsz", "arcp"}
+# Sums of squares may be taken in any order within a chunk: that order is the compiler's, the same on every run.
+ANY_ORDER = {"contract", "nsz", "reassoc"}
+
+
+@njit(inline="always")
+def minimum(value, bound):  # type: ignore[no-untyped-def]
+    """The smaller one; a NaN value stays."""
+    return bound if bound < value else value
+
+
+@njit(inline="always")
+def maximum(value, bound):  # type: ignore[no-untyped-def]
+    """The larger one; a NaN value stays."""
+    return bound if bound > value else value
+
+
+def shared(body: Callable[..., Any], *, in_pieces: bool = False) -> Any:
+    """The kernel around a body that does part of a chunk: draws chunks until none is left, or ``budget`` of them.
+
+    The thread that draws the first chunk writes ``advanced`` over ``clock``: whatever interrupts the step afterwards,
+    the counters tell that something moved. A chunk is done at once where its tensors are dense, else in pieces; always
+    in pieces where the order of a sum depends on it.
+    """
+
+    @njit(error_model="numpy", _nrt=False)
+    def kernel(block, budget):  # type: ignore[no-untyped-def]
+        b = integers(block)
+        control = integers(b[CONTROL])
+        for _ in range(budget):
+            ticket = fetch_add(b[CONTROL] + 8 * TICKET)
+            if ticket >= b[NUM_CHUNKS] or control[STOP]:
+                return
+            if ticket == 0:
+                clock, advanced = doubles(b[CLOCK]), doubles(b[ADVANCED])
+                for k in range(b[CLOCK_SIZE]):
+                    clock[k] = advanced[k]
+            chunk = integers(b[CHUNKS] + 8 * CHUNK_COLUMNS * ticket)
+            row = integers(b[ROWS] + 8 * COLUMNS * chunk[TENSOR])
+            param_layout, grad_layout = integers(row[PARAM_LAYOUT]), integers(row[GRAD_LAYOUT])
+            whole = param_layout[0] < 0 and grad_layout[0] < 0 and not in_pieces
+            done = int64(0)
+            while done < chunk[COUNT]:
+                count = chunk[COUNT] - done if whole else min(chunk[COUNT] - done, PIECE)
+                body(ticket, chunk[TENSOR], row, param_layout, grad_layout, chunk[START] + done, count, b)
+                done += count
+
+    return kernel
+
+
+def one_pass(param_format: str, grad_format: str, accumulated: bool, averaged: bool) -> Any:
+    """The kernel that updates parameters, moments and average in one pass over memory.
+
+    Args:
+        param_format: Format of the parameters; moments, accumulator and average have its compute dtype.
+        grad_format: Format of the gradients.
+        accumulated: Whether to add the accumulator to the gradient, and clear it.
+        averaged: Whether to keep the moving average of the parameters.
+    """
+    compute = COMPUTE_DTYPE[param_format]
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    widen, narrow = FORMATS[param_format].widen, FORMATS[param_format].narrow
+    param_scratch, open_param, close_param = access(param_format)
+    grad_scratch, open_grad, _ = access(grad_format)
+    values = pointer_to(FORMATS[compute].storage)
+    width = FORMATS[compute].width
+    update = njit(rebind(rule.update, sqrt=math.sqrt), inline="always", fastmath=KEEP_NAN)
+    limit = njit(rebind(gradient.limit, minimum=minimum, maximum=maximum), inline="always", fastmath=KEEP_NAN)
+    moving = njit(rebind(average.average), inline="always", fastmath=KEEP_NAN)
+
+    @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
+    def elements(p, g, m, v, e, a, n, s, factor, decay, overwrite):  # type: ignore[no-untyped-def]
+        w1, w2, exp_avg_step, grad_step, correction, eps = s[0], s[1], s[2], s[3], s[4], s[5]
+        unscale, clipvalue, ema_momentum, ema_weight = s[6], s[7], s[8], s[9]
+        for i in range(n):
+            grad = to_compute(widen_grad(g[i]))
+            if accumulated:
+                grad = a[i] + grad * unscale
+                a[i] = to_compute(0.0)
+            grad = limit(grad * factor, clipvalue)
+            param, m[i], v[i] = update(
+                widen(p[i]), grad, m[i], v[i], decay, w1, w2, exp_avg_step, grad_step, correction, eps
+            )
+            stored = narrow(param)
+            if averaged:
+                e[i] = moving(e[i], widen(stored), ema_momentum, ema_weight)
+                if overwrite:
+                    stored = narrow(e[i])
+            p[i] = stored
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+        p = open_param(row[PARAM], param_layout, start, count, param_scratch())
+        g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
+        m, v = values(row[EXP_AVG] + start * width), values(row[EXP_AVG_SQ] + start * width)
+        e, a = values(row[EMA] + start * width), values(row[ACCUMULATOR] + start * width)
+        factor, decay = values(b[EXTRA])[tensor], values(b[EXTRA + 1])[tensor]
+        elements(p, g, m, v, e, a, count, values(b[EXTRA + 2]), factor, decay, b[EXTRA + 3] != 0)
+        close_param(p, row[PARAM], param_layout, start, count)
+
+    return shared(body)
+
+
+def accumulate(grad_format: str, compute: str) -> Any:
+    """The kernel that adds unscaled gradients to the accumulators."""
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    grad_scratch, open_grad, _ = access(grad_format)
+    values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
+
+    @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
+    def elements(g, a, n, unscale):  # type: ignore[no-untyped-def]
+        for i in range(n):
+            a[i] += to_compute(widen_grad(g[i])) * unscale
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+        g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
+        elements(g, values(row[ACCUMULATOR] + start * width), count, values(b[EXTRA])[0])
+
+    return shared(body)
+
+
+def measure(grad_format: str, compute: str, accumulated: bool) -> Any:
+    """The kernel that reads the gradients once: sum of squares and count of values out of range, per chunk.
+
+    The sums are float64, so the squares of float32 and half gradients cannot overflow.
+    """
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    grad_scratch, open_grad, _ = access(grad_format)
+    values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
+
+    @njit(error_model="numpy", fastmath=ANY_ORDER, _nrt=False)
+    def elements(g, a, n, unscale, largest, scale):  # type: ignore[no-untyped-def]
+        total, outside = 0.0, 0
+        for i in range(n):
+            grad = to_compute(widen_grad(g[i])) * unscale
+            outside += not (abs(grad) <= largest)
+            if accumulated:
+                grad += a[i]
+            value = float64(grad) * scale
+            total += value * value
+        return total, outside
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+        g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
+        a, s = values(row[ACCUMULATOR] + start * width), values(b[EXTRA])
+        total, outside = elements(g, a, count, s[0], s[1], doubles(b[EXTRA + 1])[0])
+        doubles(b[EXTRA + 2])[ticket] += total
+        integers(b[EXTRA + 3])[ticket] += outside
+
+    return shared(body, in_pieces=True)

@@ -1,0 +1,90 @@
+"""The tensors of one call, sorted into tables by their number formats; the passes over all of them."""
+
+from collections.abc import Sequence
+from math import inf, sqrt
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.core.average import Averaging
+from nadam.core.coefficients import Coefficients
+from nadam.kernels.table import Commit, Table
+
+# Float64 gradients whose squares overflow are measured again times this: no square of theirs overflows then.
+SHRINK = 2.0**-600
+
+
+class Group(NamedTuple):
+    """A table, and which of the call's tensors are in it."""
+
+    table: Table
+    members: NDArray[np.int64]
+    decays: NDArray[np.float64]  # 1, or 0 for a tensor that is excluded from weight decay
+
+
+class Plan:
+    """The tensors of one call.
+
+    Args:
+        groups: Their tables; each tensor is in one.
+        members: Which of the optimizer's parameters they are.
+    """
+
+    def __init__(self, groups: Sequence[Group], members: NDArray[np.int64]) -> None:
+        self.groups, self.members = groups, members
+
+    def measure(self, unscale: float, accumulated: bool, squares: bool) -> tuple[list[float], int]:
+        """Read the gradients once.
+
+        Args:
+            unscale: Multiplies each gradient.
+            accumulated: Whether the accumulator is then added.
+            squares: Whether a value whose square overflows counts as not finite.
+
+        Returns:
+            The norm of each tensor, finite where its values are; and how many values are not finite.
+        """
+        norms, outside = np.empty(len(self.members)), 0
+        for table, members, _ in self.groups:
+            largest = table.largest_square_root if squares else inf
+            sums, count = table.measure(unscale, accumulated, largest)
+            outside += count
+            norms[members] = np.sqrt(sums)
+            overflowed = np.isinf(sums)
+            if overflowed.any():
+                sums, _ = table.measure(unscale, accumulated, largest, SHRINK)
+                norms[members[overflowed]] = [sqrt(total) / SHRINK for total in sums[overflowed]]
+        return norms.tolist(), outside
+
+    def accumulate(self, unscale: float, commit: Commit) -> None:
+        """Add the unscaled gradients to the accumulators."""
+        for table, _, _ in self.groups:
+            table.accumulate(unscale, commit)
+
+    def update(
+        self,
+        c: Coefficients,
+        *,
+        grad_factors: Sequence[float] | float,
+        decay: float,
+        unscale: float | None,
+        clipvalue: float,
+        averaging: Averaging | None,
+        commit: Commit,
+    ) -> None:
+        """The one pass.
+
+        Args:
+            c: This step's scalars.
+            grad_factors: What multiplies the gradient of each tensor, or one factor for all.
+            decay: lr * weight_decay.
+            unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
+            clipvalue: Largest magnitude of an element of the gradient, infinity for any.
+            averaging: How the moving average moves; None where there is none.
+            commit: The counters before and after.
+        """
+        for table, members, decays in self.groups:
+            same = isinstance(grad_factors, float)
+            table.set_multipliers(grad_factors if same else np.take(grad_factors, members).tolist(), decay, decays)
+            table.update(c, unscale=unscale, clipvalue=clipvalue, averaging=averaging, commit=commit)

@@ -1,0 +1,45 @@
+"""Many tensors -> one table of equal chunks, which threads then draw from.
+
+What the columns of a kernel's tables mean is here too, for the kernels that read them and the hosts that fill them. All
+tables are int64.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK = 1 << 15  # elements; 128 KiB of float32: small enough to share out evenly, large enough to stream
+
+# What a kernel computes in, by the format of the parameters; moments, accumulator and average are kept in it.
+COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+
+# A row per tensor: addresses of its memory, and of the layouts of parameter and gradient (dimensions, or -1 for dense;
+# sizes; strides in bytes).
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, PARAM_LAYOUT, GRAD_LAYOUT = range(8)
+COLUMNS = 8
+# A row per chunk: which tensor, first element, number of elements.
+TENSOR, START, COUNT = range(3)
+CHUNK_COLUMNS = 3
+# What the threads of one pass share: the next chunk to draw, and whether to stop.
+TICKET, STOP = range(2)
+# The block of a kernel's arguments: addresses and counts; from EXTRA on, what the one kernel takes besides.
+CONTROL, NUM_CHUNKS, ROWS, CHUNKS, CLOCK, ADVANCED, CLOCK_SIZE, EXTRA = range(8)
+
+
+def spans(sizes: Sequence[int], chunk: int = CHUNK) -> NDArray[np.int64]:
+    """Cut tensors into chunks.
+
+    Args:
+        sizes: Number of elements of each tensor; 0 gives no chunk.
+        chunk: Largest number of elements of a chunk.
+
+    Returns:
+        int64 of shape (chunks, 3): tensor, start, count, in the order of the tensors.
+
+    Example:
+        >>> spans([5, 0, 2], chunk=3).tolist()
+        [[0, 0, 3], [0, 3, 2], [2, 0, 2]]
+    """
+    rows = [(t, start, min(chunk, n - start)) for t, n in enumerate(sizes) for start in range(0, n, chunk)]
+    return np.array(rows, np.int64).reshape(-1, CHUNK_COLUMNS)

@@ -1,0 +1,142 @@
+"""A group of tensors that one call of a kernel does together."""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from struct import Struct
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.core.average import Averaging
+from nadam.core.coefficients import Coefficients
+from nadam.kernels import native, spans
+from nadam.kernels.threads import get_num_threads, share_out
+
+# Below this many elements the calling thread is done before a helper has woken up.
+WORTH_SHARING = 1 << 20
+
+Commit = tuple[NDArray[np.float64], NDArray[np.float64]]  # (clock, what it becomes when the first chunk moves)
+
+
+class Tensors(NamedTuple):
+    """Where the tensors of a group lie."""
+
+    rows: NDArray[np.int64]  # one per tensor, columns as in spans.py
+    sizes: Sequence[int]  # elements
+    keep: Any  # what owns the memory
+
+
+class Table:
+    """Tensors with one parameter format and one gradient format, cut into chunks, and the passes over them.
+
+    Not for two threads at once. The arguments of its kernels live in buffers that it reuses, so that a step allocates
+    nothing.
+    """
+
+    def __init__(self, param_format: str, grad_format: str, tensors: Tensors) -> None:
+        self.param_format, self.grad_format = param_format, grad_format
+        self.rows, self.sizes, self.keep = tensors
+        self.compute = spans.COMPUTE_DTYPE[param_format]
+        self.chunks = spans.spans(self.sizes)
+        self._worth_sharing = sum(self.sizes) >= WORTH_SHARING
+        limits = np.finfo(self.compute)
+        self._largest, self._tiny = float(limits.max), float(limits.smallest_subnormal)
+        self.largest_square_root = sqrt(self._largest)
+        n = len(self.sizes)
+        self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
+        self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
+        self._scalars, self._pack_scalars = (
+            np.zeros(10, self.compute),
+            Struct("10f" if self.compute == "float32" else "10d"),
+        )
+        self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
+        self._control = np.zeros(2, np.int64)
+        self._shared = self._control.data  # the same, faster to read
+        self._update_block = self._block(self._factors, self._decays, self._scalars, None)
+        self._accumulate_block = self._block(self._bounds)
+        self._measure_block = self._block(self._bounds, self._scale, self._totals, self._outside)
+        self._kernels: dict[Any, Callable[[int, int], None]] = {}
+        self._commits: dict[str, Commit] = {}
+        self._multipliers: Any = None
+
+    def _block(self, *extra: NDArray[Any] | None) -> tuple[NDArray[np.int64], int]:
+        common = [address(self._control), len(self.chunks), address(self.rows), address(self.chunks), 0, 0, 0]
+        block = np.array([*common, *(0 if array is None else address(array) for array in extra)], np.int64)
+        return block, address(block)
+
+    def _run(self, block: tuple[NDArray[np.int64], int], commit: Commit | None, name: str, *variant: Any) -> None:
+        kernel = self._kernels.get((name, variant))
+        if kernel is None:
+            kernel = self._kernels[name, variant] = native.kernel("numba", name, *variant)
+        if commit is not None and commit is not self._commits.get(name):
+            clock, advanced = self._commits[name] = commit
+            block[0][spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
+        helpers = min(get_num_threads(), len(self.chunks)) - 1 if self._worth_sharing else 0
+        share_out(kernel, block[1], self._shared, len(self.chunks), helpers)
+
+    def measure(
+        self, unscale: float, accumulated: bool, largest: float, scale: float = 1.0
+    ) -> tuple[NDArray[np.float64], int]:
+        """Read the gradients once.
+
+        Args:
+            unscale: Multiplies each gradient.
+            accumulated: Whether the accumulator is then added.
+            largest: Values whose magnitude is not at most this (after unscale, before the accumulator) are counted.
+            scale: Multiplies each value before it is squared.
+
+        Returns:
+            The sum of squares of each tensor, float64, added in chunk order whatever the threads; and the count.
+        """
+        self._bounds[:] = unscale, min(largest, self._largest)
+        self._scale[0] = scale
+        self._totals[:], self._outside[:] = 0.0, 0
+        self._run(self._measure_block, None, "measure", self.grad_format, self.compute, accumulated)
+        sums = np.bincount(self.chunks[:, spans.TENSOR], weights=self._totals, minlength=len(self.sizes))
+        return sums.astype(np.float64, copy=False), int(self._outside.sum())
+
+    def set_multipliers(self, grad_factors: Sequence[float] | float, decay: float, decays: NDArray[np.float64]) -> None:
+        """What multiplies each tensor's gradient, or all of them, and how much of each parameter decays."""
+        wanted = (grad_factors, decay)
+        if wanted != self._multipliers:
+            self._multipliers = None
+            self._factors[:] = grad_factors
+            np.multiply(decays, decay, out=self._decays, casting="same_kind")
+            self._multipliers = wanted
+
+    def accumulate(self, unscale: float, commit: Commit) -> None:
+        """Add the unscaled gradients to the accumulators."""
+        self._bounds[0] = unscale
+        self._run(self._accumulate_block, commit, "accumulate", self.grad_format, self.compute)
+
+    def update(
+        self,
+        c: Coefficients,
+        *,
+        unscale: float | None,
+        clipvalue: float,
+        averaging: Averaging | None,
+        commit: Commit,
+    ) -> None:
+        """The one pass, after `set_multipliers`.
+
+        Args:
+            c: This step's scalars.
+            unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
+            clipvalue: Largest magnitude of an element of the gradient, infinity for any.
+            averaging: How the moving average moves; None where there is none.
+            commit: The counters before and after.
+        """
+        momentum, weight, overwrite = averaging if averaging is not None else (0.0, 0.0, False)
+        eps = max(c.eps, self._tiny) if c.eps else 0.0  # an eps that is not zero stays so in float32
+        rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
+        self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
+        self._update_block[0][spans.EXTRA + 3] = overwrite
+        variant = (self.param_format, self.grad_format, unscale is not None, averaging is not None)
+        self._run(self._update_block, commit, "one_pass", *variant)
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where an array's first element lies."""
+    return int(array.__array_interface__["data"][0])

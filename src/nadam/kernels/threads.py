@@ -1,0 +1,135 @@
+"""Our own small thread pool over kernels that release the GIL.
+
+A pool of ours, because Numba's threading layers abort under concurrent calls, die after a fork and bring a second
+OpenMP runtime beside PyTorch's. The calling thread always works too, and helpers that cannot be had (a fork, an
+interpreter that is shutting down, no more threads) are done without: the calling thread then does it all.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+
+from nadam.kernels.spans import STOP, TICKET
+
+# Chunks that the calling thread does before it lets Python look at signals: some 20 ms of work.
+SLICE = 512
+UNTIL_DONE = 1 << 62
+
+_lock = Lock()
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_requested: int | None = None
+
+
+def get_num_threads() -> int:
+    """Number of threads that a pass may use, the calling one included.
+
+    What `set_num_threads` asked for, else the environment's NUMBA_NUM_THREADS, else the CPUs that this process may run
+    on.
+
+    Example:
+        >>> get_num_threads() >= 1
+        True
+    """
+    return _requested if _requested is not None else _default_num_threads()
+
+
+def set_num_threads(count: int | None) -> None:
+    """Set the number of threads that a pass may use; the results do not depend on it.
+
+    Args:
+        count: At least 1; None for the default again.
+
+    Raises:
+        ValueError: count is not an integer of at least 1.
+
+    Example:
+        >>> set_num_threads(1)
+        >>> get_num_threads()
+        1
+        >>> set_num_threads(None)
+    """
+    global _requested
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"count={count!r}: expected an integer, count >= 1, or None")
+    _requested = count
+
+
+def _default_num_threads() -> int:
+    asked = os.environ.get("NUMBA_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_out(kernel: Callable[[int, int], None], block: int, control: memoryview, chunks: int, helpers: int) -> None:
+    """Run a kernel over all chunks of its table, on the calling thread and up to ``helpers`` more.
+
+    Args:
+        kernel: Takes (block, budget), draws that many chunks, and returns earlier when none is left.
+        block: Address of the kernel's arguments, ``control`` among them.
+        control: Where the threads draw their chunks from; used from here on.
+        chunks: Number of chunks.
+        helpers: Threads wanted besides the calling one.
+
+    Raises:
+        BaseException: A signal's (KeyboardInterrupt). No thread works any more when it is raised; the chunks that were
+            not drawn by then are left as they were.
+    """
+    control[TICKET] = control[STOP] = 0
+    running: list[Future[None]] = []
+    try:
+        if helpers:
+            running.extend(_helpers(helpers, kernel, block))
+        kernel(block, SLICE)
+        while control[TICKET] < chunks:
+            kernel(block, SLICE)
+        _wait(running)
+    except BaseException:
+        control[STOP] = 1  # helpers end with the chunk that they are at
+        _wait(running)
+        raise
+
+
+def _helpers(count: int, kernel: Callable[[int, int], None], block: int) -> list[Future[None]]:
+    try:
+        pool = _get_pool(count)
+        return [pool.submit(kernel, block, UNTIL_DONE) for _ in range(count)]
+    except RuntimeError:  # the interpreter is shutting down, or the system gives no more threads
+        return []
+
+
+def _wait(running: list[Future[None]]) -> None:
+    """Until no helper works any more, whatever signals come: they work on memory that the caller may free."""
+    interrupt = None
+    while running:
+        try:
+            if not running[-1].cancel():  # one that has not begun is not needed any more
+                running[-1].result()
+            running.pop()
+        except KeyboardInterrupt as signal:
+            interrupt = signal
+    if interrupt is not None:
+        raise interrupt
+
+
+def _get_pool(helpers: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < helpers:
+            # A smaller one is left to finish what it runs; it goes with its last reference.
+            _pool, _pool_size = ThreadPoolExecutor(helpers, "nadam"), helpers
+        return _pool
+
+
+def _forget_pool() -> None:
+    """In the child of a fork: the threads of the parent's pool are not here."""
+    global _pool, _pool_size, _lock
+    _pool, _pool_size, _lock = None, 0, Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
