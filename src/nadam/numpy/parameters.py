@@ -1,0 +1,207 @@
+"""NumPy arrays as parameters: what may be one, their state, and the plan for a call's gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.core.clock import Clock
+from nadam.numpy.plans import FORMATS, STATE_DTYPES, ArrayPlan, Parameter, check_memory
+
+if TYPE_CHECKING:
+    from nadam.kernels.plan import Plan
+
+Array = NDArray[Any]
+
+# Plans for different sets of gradients that are kept, as for a model whose halves are trained in turn.
+PLANS_KEPT = 8
+
+
+@dataclass
+class Exclusion:
+    """What is excluded from weight decay: arrays, and patterns that are searched for in names."""
+
+    arrays: list[Array]
+    patterns: list[str]
+
+    def covers(self, name: str, array: Array) -> bool:
+        """Whether a parameter is excluded."""
+        return any(array is other for other in self.arrays) or any(re.search(p, name) for p in self.patterns)
+
+
+class Parameters:
+    """The arrays that an optimizer trains, their state and its counters.
+
+    Args:
+        variables: Arrays, or arrays by name.
+        average: Whether they have a moving average; it begins at their value.
+        accumulate: Whether they have a gradient accumulator.
+        exclusion: What is excluded from weight decay.
+
+    Raises:
+        TypeError: Something that is not a NumPy array of a floating or complex dtype.
+        ValueError: None at all, a read-only array, or one that shares memory with itself or another.
+    """
+
+    def __init__(
+        self, variables: Any, *, average: bool = False, accumulate: bool = False, exclusion: Exclusion | None = None
+    ) -> None:
+        self.named = isinstance(variables, Mapping)
+        arrays = _checked(variables)
+        self.entries: list[Parameter] = []
+        for name, array in arrays.items():
+            dtype = np.dtype(STATE_DTYPES.get(array.dtype.name, array.dtype.name))
+            zeros = [np.zeros_like(array, dtype, subok=False) for _ in range(2 + accumulate)]
+            ema = np.zeros_like(zeros[0]) if average else None
+            if ema is not None:
+                ema[...] = array
+            decays = exclusion is None or not exclusion.covers(name, array)
+            self.entries.append(
+                Parameter(name, array, zeros[0], zeros[1], ema, zeros[2] if accumulate else None, decays)
+            )
+        self.clock = Clock(len(self.entries))
+        self._index()
+
+    def _index(self) -> None:
+        self._arrays = [entry.array for entry in self.entries]
+        self._positions = {entry.name: i for i, entry in enumerate(self.entries)}
+        self._identities = {id(array): i for i, array in enumerate(self._arrays)}
+        self._plans: dict[bytes, ArrayPlan] = {}
+        self._complete: ArrayPlan | None = None  # the last one in which every parameter had a gradient
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what holds addresses and identities, which are another copy's."""
+        return {"named": self.named, "entries": self.entries, "clock": self.clock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._index()
+
+    def are(self, variables: Any) -> bool:
+        """Whether these are the same arrays, in the same order."""
+        arrays = list(variables.values()) if isinstance(variables, Mapping) else variables
+        return len(arrays) == len(self._arrays) and all(map(is_, arrays, self._arrays))
+
+    def index_of(self, array: Any, position: object) -> int:
+        """Which parameter an array is."""
+        index = self._identities.get(id(array))
+        if index is None:
+            raise ValueError(
+                f"variables[{position!r}]: not one of the {len(self.entries)} arrays that the optimizer was built with"
+            )
+        return index
+
+    def plan(self, grads: Any, variables: Any) -> tuple[Plan, Any]:
+        """The plan for a call's gradients, all of them checked; and what must be held until the step is done.
+
+        Raises:
+            ValueError: Another count or shape of gradients, no gradient at all, an unknown or repeated variable, or
+                memory that overlaps.
+            TypeError: A gradient that is not an array of numbers.
+        """
+        if variables is not None and type(variables) in (list, tuple, dict) and self.are(variables):
+            variables = None
+        if variables is None and self._complete is not None:
+            named = self.named and isinstance(grads, dict) and len(grads) == len(self.entries)
+            if self._complete.fits([grads.get(name) for name in self._positions] if named else grads):
+                return self._complete.plan, grads
+        members, arrays, labels = self._paired(grads, variables)
+        key = members.tobytes()
+        known = self._plans.get(key)
+        if known is None or not known.fits(arrays):
+            known = ArrayPlan([self.entries[i] for i in members], arrays, labels, members)
+            if known.reusable:
+                if len(self._plans) >= PLANS_KEPT:
+                    self._plans.clear()
+                self._plans[key] = known
+        if known.reusable and len(members) == len(self.entries):
+            self._complete = known
+        return known.plan, arrays
+
+    def _paired(self, grads: Any, variables: Any) -> tuple[NDArray[np.int64], list[Any], list[object]]:
+        """Which parameters have a gradient, the gradients, and what the caller calls them."""
+        labels, given = _listed(grads, "grads")
+        if variables is None:
+            if isinstance(grads, Mapping):
+                unknown = [name for name in labels if name not in self._positions]
+                if unknown:
+                    raise ValueError(
+                        f"grads[{unknown[0]!r}]: no parameter has this name; they are {list(self._positions)}"
+                    )
+                indices = [self._positions[str(name)] for name in labels]
+            elif len(given) != len(self.entries):
+                raise ValueError(
+                    f"grads: {len(given)} gradients, expected one for each of {len(self.entries)} parameters"
+                )
+            else:
+                indices = list(range(len(given)))
+        else:
+            names, arrays = _listed(variables, "variables")
+            if isinstance(grads, Mapping) and isinstance(variables, Mapping):
+                if set(labels) - set(names):
+                    raise ValueError(f"grads[{(set(labels) - set(names)).pop()!r}]: no variable has this name")
+                pairs = dict(zip(labels, given, strict=True))
+                labels, given = names, [pairs.get(name) for name in names]
+            if len(given) != len(arrays):
+                raise ValueError(f"grads: {len(given)} gradients, expected one for each of {len(arrays)} variables")
+            indices = [self.index_of(array, name) for name, array in zip(names, arrays, strict=True)]
+        if len(set(indices)) != len(indices):
+            raise ValueError("variables: the same array twice")
+        present = {i: (label, grad) for i, label, grad in zip(indices, labels, given, strict=True) if grad is not None}
+        if not present:
+            raise ValueError("grads: no gradient for any parameter")
+        for i in np.flatnonzero(self.clock.seen):  # had one earlier in this window, none now: it counts as zero
+            array = self.entries[i].array
+            present.setdefault(int(i), (None, np.broadcast_to(np.zeros((), array.dtype), array.shape)))
+        ordered = sorted(present)
+        chosen = [present[i] for i in ordered]
+        return np.array(ordered, np.int64), [grad for _, grad in chosen], [label for label, _ in chosen]
+
+
+def _listed(arrays: Any, argument: str) -> tuple[list[object], list[Any]]:
+    """Labels and arrays of a list or dict."""
+    if isinstance(arrays, Mapping):
+        return list(arrays.keys()), list(arrays.values())
+    if isinstance(arrays, (np.ndarray, str, bytes)) or not isinstance(arrays, Iterable):
+        raise TypeError(f"{argument}: expected a list or a dict of arrays, got {type(arrays).__name__}")
+    values = list(arrays)
+    return list(range(len(values))), values
+
+
+def _checked(variables: Any) -> dict[str, Array]:
+    """Parameters by name, each checked; those of a list are named by their position."""
+    labels, values = _listed(variables, "variables")
+    if not values:
+        raise ValueError("variables: expected at least one array")
+    for label, array in zip(labels, values, strict=True):
+        where = f"variables[{label!r}]"
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{where}: expected a NumPy array, got {type(array).__name__}")
+        if array.dtype.name not in FORMATS or not array.dtype.isnative:
+            raise TypeError(f"{where}: dtype {array.dtype}: expected one of {', '.join(FORMATS)}, in native byte order")
+        check_memory(where, array)
+    if isinstance(variables, Mapping) and not all(isinstance(label, str) for label in labels):
+        raise TypeError("variables: expected names that are strings")
+    _check_distinct(values, labels)
+    return {str(label): array for label, array in zip(labels, values, strict=True)}
+
+
+def _check_distinct(arrays: Sequence[Array], labels: Sequence[object]) -> None:
+    from nadam.kernels.layouts import bounds
+
+    order = sorted(range(len(arrays)), key=lambda i: bounds(arrays[i]))
+    open_until: list[tuple[int, int]] = []
+    for i in order:
+        low, high = bounds(arrays[i])
+        open_until = [(end, j) for end, j in open_until if end > low]
+        for _, j in open_until:
+            if np.shares_memory(arrays[i], arrays[j]):
+                first, second = sorted((i, j))
+                raise ValueError(f"variables[{labels[first]!r}] and variables[{labels[second]!r}]: they share memory")
+        open_until.append((high, i))

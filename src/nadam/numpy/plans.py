@@ -1,0 +1,151 @@
+"""The plan for a call: gradients as the kernels take them, matched with their parameters in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from nadam.kernels.layouts import Headers
+
+Array = NDArray[Any]
+
+# Number format of the elements, by dtype; complex parameters are pairs of reals.
+FORMATS = {
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
+# dtype of moments, accumulator and average: half precision is too coarse to add small numbers up in.
+STATE_DTYPES = {"float16": "float32", "bfloat16": "float32"}
+
+
+@dataclass
+class Parameter:
+    """One array and its state. The state lies dense in memory, in the array's own axis order."""
+
+    name: str
+    array: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    ema: Array | None
+    accumulator: Array | None
+    decays: bool
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """The state arrays by name, those that there are."""
+        arrays = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "ema", "accumulator")}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+
+class ArrayPlan:
+    """A plan, and what tells whether it fits other gradients."""
+
+    def __init__(
+        self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
+    ) -> None:
+        from nadam.kernels import spans
+        from nadam.kernels.layouts import Headers, axis_order, headers_readable, layout
+        from nadam.kernels.plan import Group, Plan
+        from nadam.kernels.table import Table, Tensors, address
+
+        for entry in entries:
+            check_memory(f"variables[{entry.name!r}]", entry.array)
+        arrays = [
+            as_gradient(label, grad, entry.array) for label, grad, entry in zip(labels, grads, entries, strict=True)
+        ]
+        owners = [array for entry in entries for array in (entry.array, *entry.state.values())]
+        check_apart(arrays, owners, labels)
+        groups: dict[tuple[str, str], list[int]] = {}
+        for i, (entry, grad) in enumerate(zip(entries, arrays, strict=True)):
+            groups.setdefault((FORMATS[entry.array.dtype.name], FORMATS[grad.dtype.name]), []).append(i)
+        self._checks: list[tuple[NDArray[np.int64], Headers]] = []
+        self._count = len(entries)
+        self._types = {type(grad) for grad in grads}
+        # Only what the kernels use in place can be swapped for another array that lies alike.
+        self.reusable = headers_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
+        tables = []
+        for (param_format, grad_format), indices in groups.items():
+            rows = np.zeros((len(indices), spans.COLUMNS), np.int64)
+            sizes, layouts = [], []
+            for row, i in zip(rows, indices, strict=True):
+                entry, grad = entries[i], arrays[i]
+                order = axis_order(entry.exp_avg)
+                layouts += [layout(entry.array, order), layout(grad, order)]
+                row[spans.PARAM], row[spans.GRAD] = address(entry.array), address(grad)
+                row[spans.EXP_AVG], row[spans.EXP_AVG_SQ] = address(entry.exp_avg), address(entry.exp_avg_sq)
+                row[spans.EMA] = 0 if entry.ema is None else address(entry.ema)
+                row[spans.ACCUMULATOR] = 0 if entry.accumulator is None else address(entry.accumulator)
+                row[spans.PARAM_LAYOUT], row[spans.GRAD_LAYOUT] = address(layouts[-2]), address(layouts[-1])
+                sizes.append(entry.array.size * (2 if entry.array.dtype.kind == "c" else 1))
+            mine = [entries[i] for i in indices]
+            table = Table(param_format, grad_format, Tensors(rows, sizes, (mine, layouts, arrays)))
+            which = np.array(indices, np.int64)
+            tables.append(Group(table, which, np.array([float(entry.decays) for entry in mine])))
+            if self.reusable:
+                headers = Headers([e.array for e in mine], [arrays[i] for i in indices], rows, owners)
+                self._checks.append((which, headers))
+        self.plan = Plan(tables, members)
+        # Whoever does the step holds the gradients meanwhile; afterwards they are not ours to keep.
+        if self.reusable:
+            arrays.clear()
+
+    def fits(self, grads: Any) -> bool:
+        """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
+        if not self._checks or type(grads) not in (list, tuple) or len(grads) != self._count:
+            return False
+        if not set(map(type, grads)) <= self._types:
+            return False
+        identities = np.fromiter(map(id, grads), np.int64, self._count)
+        if len(self._checks) == 1:
+            return self._checks[0][1].refresh(identities)
+        return all(headers.refresh(identities[which]) for which, headers in self._checks)
+
+
+def check_memory(where: str, array: Array) -> None:
+    """That a parameter can be written to, each element by itself."""
+    from nadam.kernels.layouts import overlaps_itself
+
+    if not array.flags.writeable:
+        raise ValueError(f"{where}: the array is read-only")
+    if overlaps_itself(array):
+        raise ValueError(f"{where}: elements of the array share memory, as in one that was expanded")
+
+
+def as_gradient(label: object, grad: Any, param: Array) -> Array:
+    """A gradient as an array that the kernels take: itself wherever it can be."""
+    where = f"grads[{label!r}]"
+    if isinstance(grad, np.ma.MaskedArray):
+        raise TypeError(f"{where}: expected an array, got a masked one")
+    array = grad if isinstance(grad, np.ndarray) else np.asarray(grad)
+    if array.shape != param.shape:
+        raise ValueError(f"{where}: shape {array.shape}, expected that of its parameter, {param.shape}")
+    is_complex, may_be_complex = array.dtype.kind == "c", param.dtype.kind == "c"
+    if (array.dtype.kind not in "fiuc" and array.dtype.name not in FORMATS) or (is_complex and not may_be_complex):
+        raise TypeError(f"{where}: dtype {array.dtype}: expected real numbers for a parameter of {param.dtype}")
+    if array.dtype.name in FORMATS and array.dtype.isnative and is_complex == may_be_complex:
+        return array
+    return array.astype(STATE_DTYPES.get(param.dtype.name, param.dtype))
+
+
+def check_apart(grads: Sequence[Array], owners: Sequence[Array], labels: Sequence[object]) -> None:
+    """That no gradient lies in memory that the step writes to."""
+    from nadam.kernels.layouts import bounds
+
+    ranges = sorted((*bounds(owner), i) for i, owner in enumerate(owners))
+    lows, highs = [low for low, _, _ in ranges], np.maximum.accumulate([high for _, high, _ in ranges])
+    for label, grad in zip(labels, grads, strict=True):
+        low, high = bounds(grad)
+        last = int(np.searchsorted(lows, high)) - 1
+        while last >= 0 and highs[last] > low:
+            if grad.size and np.shares_memory(grad, owners[ranges[last][2]]):
+                raise ValueError(f"grads[{label!r}]: it shares memory with a parameter or the optimizer's state")
+            last -= 1
