@@ -1,0 +1,22 @@
+"""How far float32 is from float64 after a thousand steps: little more than rounding the parameters alone costs."""
+
+import numpy as np
+
+import nadam
+from reference import Reference
+
+
+def test_a_thousand_float32_steps_are_as_good_as_rounding_allows():
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(2000).astype(np.float32)
+    param, exact, rounded = start.copy(), Reference([start]), Reference([start])
+    optimizer = nadam.Nadam()
+    for _ in range(1000):
+        grad = rng.standard_normal(2000).astype(np.float32)
+        optimizer.apply([grad], [param])
+        exact.step([grad])
+        rounded.step([grad])
+        rounded.p[0] = rounded.p[0].astype(np.float32).astype(np.float64)
+    error = np.sqrt(np.mean((param - exact.p[0]) ** 2))
+    floor = np.sqrt(np.mean((rounded.p[0] - exact.p[0]) ** 2))
+    assert error <= 1.1 * floor

@@ -1,0 +1,98 @@
+"""The comparisons can fail: each is fed something wrong and must turn red."""
+
+import math
+from types import FunctionType
+
+import numpy as np
+import pytest
+
+from cases import apart, draw_grads, draw_params
+from follow import run
+from nadam.core import average, coefficients, gradient, rule
+from nadam.kernels import native
+
+
+def train(settings):
+    rng = np.random.default_rng(0)
+    params = draw_params(rng, [(50,), (3, 4)], np.float32)
+    run(settings, params, [draw_grads(rng, params) for _ in range(5)])
+
+
+def without_lookahead(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+    exp_avg = exp_avg + (grad - exp_avg) * w1
+    exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
+    return param - exp_avg_step * exp_avg / (sqrt(exp_avg_sq * correction) + eps), exp_avg, exp_avg_sq  # noqa: F821
+
+
+def eps_inside(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+    exp_avg = exp_avg + (grad - exp_avg) * w1
+    exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
+    step = (exp_avg_step * exp_avg + grad_step * grad) / sqrt(exp_avg_sq * correction + eps)  # noqa: F821
+    return param - param * decay - step, exp_avg, exp_avg_sq
+
+
+def decay_after(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+    exp_avg = exp_avg + (grad - exp_avg) * w1
+    exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
+    param = param - (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)  # noqa: F821
+    return param - param * decay, exp_avg, exp_avg_sq
+
+
+WRONG = {
+    "no look-ahead": ({}, rule, "update", without_lookahead),
+    "eps inside the root": ({"epsilon": 0.01}, rule, "update", eps_inside),
+    "decay after the step": ({"weight_decay": 0.5, "learning_rate": 0.1}, rule, "update", decay_after),
+    "no clipping by value": ({"clipvalue": 0.25}, gradient, "limit", lambda grad, clipvalue: grad),
+    "average the wrong way": (
+        {"use_ema": True},
+        average,
+        "average",
+        lambda ema, param, momentum, weight: weight * ema + momentum * param,
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_mathematics_in_the_kernel_is_seen(wrong, monkeypatch):
+    settings, module, name, function = WRONG[wrong]
+    train(settings)
+    monkeypatch.setattr(module, name, FunctionType(function.__code__, vars(module)))
+    native._kernel.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            train(settings)
+    finally:
+        monkeypatch.undo()
+        native._kernel.cache_clear()
+    train(settings)  # and the wrong code is not served afterwards
+
+
+@pytest.mark.parametrize("wrong", [0.96001, 0.96**0.004])
+def test_a_wrong_momentum_schedule_is_seen(wrong, monkeypatch):
+    monkeypatch.setattr(coefficients, "MOMENTUM_WARMUP", wrong)
+    with pytest.raises(AssertionError):
+        train({"learning_rate": 1.0})
+
+
+def test_a_wrong_average_at_the_first_update_is_seen(monkeypatch):
+    from nadam.core import step
+
+    monkeypatch.setattr(step, "averaging", lambda momentum, frequency, t: (momentum, 1 - momentum, False))
+    with pytest.raises(AssertionError):
+        train({"use_ema": True})
+
+
+def test_a_wrong_clip_factor_is_seen(monkeypatch):
+    from nadam.core import step
+
+    monkeypatch.setattr(step, "clip_factor", lambda norm, clipnorm: 0.999 * gradient.clip_factor(norm, clipnorm))
+    with pytest.raises(AssertionError):
+        train({"clipnorm": 0.5, "epsilon": 0.1})
+
+
+def test_one_unit_in_the_last_place_is_one():
+    x = np.array([1.0, 3.0], np.float32)
+    assert apart(np.nextafter(x, np.float32(math.inf)), x, x, np.float32) == 1.0
+    assert apart(x, x, x, np.float32) == 0.0
+    with pytest.raises(AssertionError):
+        apart(np.array([math.nan]), np.array([1.0]), 1.0, np.float32)
