@@ -1,16 +1,18 @@
 """How far float32 is from float64 after a thousand steps: little more than rounding the parameters alone costs."""
 
 import numpy as np
+import pytest
 
 import nadam
 from reference import Reference
 
 
-def test_a_thousand_float32_steps_are_as_good_as_rounding_allows():
+@pytest.mark.parametrize("settings", [{}, {"global_clipnorm": 1.0, "weight_decay": 0.01, "use_ema": True}], ids=str)
+def test_a_thousand_float32_steps_are_as_good_as_rounding_allows(settings):
     rng = np.random.default_rng(0)
     start = rng.standard_normal(2000).astype(np.float32)
-    param, exact, rounded = start.copy(), Reference([start]), Reference([start])
-    optimizer = nadam.Nadam()
+    param, exact, rounded = start.copy(), Reference([start], **settings), Reference([start], **settings)
+    optimizer = nadam.Nadam(**settings)
     for _ in range(1000):
         grad = rng.standard_normal(2000).astype(np.float32)
         optimizer.apply([grad], [param])

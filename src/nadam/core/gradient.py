@@ -3,8 +3,18 @@
 Unscaling and clipping by norm are one multiplier, ``grad_factor``, which the pass applies as it loads the gradient.
 """
 
+from enum import Enum
 from math import hypot, isfinite, nan
 from typing import Any
+
+
+class Check(Enum):
+    """What is asked of the values of the gradients before a step."""
+
+    NOTHING = 0
+    FINITE = 1
+    SQUARES_FINITE = 2
+
 
 # Of floats, these keep a NaN that comes first; each compiler has its own (rebind.py), which must too.
 minimum, maximum = min, max

@@ -23,10 +23,10 @@ def update(
 ) -> tuple[Value, Value, Value]:
     """Advance parameters by one Nadam step.
 
-        param      -= param * decay
         exp_avg    += (grad - exp_avg) * exp_avg_weight
         exp_avg_sq += (grad**2 - exp_avg_sq) * exp_avg_sq_weight
-        param      -= (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)
+        step        = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)
+        param      -= param * decay + step
 
     Args:
         param: Values of any shape S, in the compute dtype.
@@ -54,8 +54,8 @@ def update(
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam, Algorithm 2, without its extra beta2.
     """
-    param = param - param * decay
     exp_avg = exp_avg + (grad - exp_avg) * exp_avg_weight
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * exp_avg_sq_weight
     step = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)
-    return param - step, exp_avg, exp_avg_sq
+    # Decay and step are subtracted together: small decays, each rounded by itself, would err in the same direction.
+    return param - (param * decay + step), exp_avg, exp_avg_sq

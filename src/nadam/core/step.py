@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nadam.core.average import averaging
 from nadam.core.clock import Clock
 from nadam.core.coefficients import coefficients
-from nadam.core.gradient import clip_factor, global_clip_factor, total_norm
+from nadam.core.gradient import Check, clip_factor, global_clip_factor, total_norm
 from nadam.core.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def step(h: Hyperparameters, clock: Clock, plan: Plan, *, loss_scale: float, mus
     unscale = 1.0 / loss_scale
 
     clipping = updating and (h.clipnorm is not None or h.global_clipnorm is not None)
-    checking = h.skip_nonfinite or must_be_finite
+    check = Check.SQUARES_FINITE if h.skip_nonfinite else Check.FINITE if must_be_finite else Check.NOTHING
     norms: list[float] = []
-    if clipping or checking:
-        norms, outside = plan.measure(unscale, accumulating and updating, squares=h.skip_nonfinite)
-        if checking and outside:
+    if clipping or check is not Check.NOTHING:
+        norms, passed = plan.measure(unscale, accumulating and updating, check)
+        if not passed:
             clock.skip()
             return StepReport(updates, now.lr, None, None, clock.skipped, skipped=True)
 

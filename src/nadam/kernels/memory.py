@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from nadam.kernels.formats import FORMATS
 
 # Elements of a strided tensor that are copied out at a time; on the stack, so few.
-PIECE = 1024
+PIECE = 2048
 
 
 @intrinsic

@@ -29,6 +29,7 @@ from nadam.core import average, gradient, rule
 _DIGEST = hashlib.sha256().digest_size
 _SYMBOL_END = b"\n"
 _lock = Lock()
+_kernels: dict[tuple[Any, ...], Callable[[int, int], None]] = {}
 _engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
 compilations = 0  # kernels that this process compiled, for those who want to know
 
@@ -44,18 +45,21 @@ def kernel(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
     Returns:
         A function of two int64: the address of the kernel's arguments, and how much it may do in this call.
     """
-    return _kernel(module, name, variant)
+    known = _kernels.get((module, name, variant))
+    return known if known is not None else _make(module, name, variant)
 
 
-@cache
-def _kernel(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, int], None]:
+def _make(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, int], None]:
     with _lock:
+        if (module, name, variant) in _kernels:  # by another thread meanwhile
+            return _kernels[module, name, variant]
         path = _path(f"{module}-{name}" + "".join(f"-{part}" for part in variant))
         content = _read(path)
         if content is None:
             content = _compile(module, name, variant)
             _write(path, content)
-        return _load(content)
+        made = _kernels[module, name, variant] = _load(content)
+        return made
 
 
 def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:

@@ -45,6 +45,8 @@ from nadam.kernels.spans import (
 
 # Fused multiply-add and a shared reciprocal, nothing that assumes away NaN or infinity.
 KEEP_NAN = {"contract", "nsz", "arcp"}
+# A chunk that is copied out and back takes up to so many times as long; the budget is one of time.
+COST_OF_STRIDED = 16
 # Sums of squares may be taken in any order within a chunk: that order is the compiler's, the same on every run.
 ANY_ORDER = {"contract", "nsz", "reassoc"}
 
@@ -61,19 +63,18 @@ def maximum(value, bound):  # type: ignore[no-untyped-def]
     return bound if bound > value else value
 
 
-def shared(body: Callable[..., Any], *, in_pieces: bool = False) -> Any:
+def shared(body: Callable[..., Any]) -> Any:
     """The kernel around a body that does part of a chunk: draws chunks until none is left, or ``budget`` of them.
 
     The thread that draws the first chunk writes ``advanced`` over ``clock``: whatever interrupts the step afterwards,
-    the counters tell that something moved. A chunk is done at once where its tensors are dense, else in pieces; always
-    in pieces where the order of a sum depends on it.
+    the counters tell that something moved. A chunk is done at once where its tensors are dense, else in pieces.
     """
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):  # type: ignore[no-untyped-def]
         b = integers(block)
         control = integers(b[CONTROL])
-        for _ in range(budget):
+        while budget > 0:
             ticket = fetch_add(b[CONTROL] + 8 * TICKET)
             if ticket >= b[NUM_CHUNKS] or control[STOP]:
                 return
@@ -84,10 +85,11 @@ def shared(body: Callable[..., Any], *, in_pieces: bool = False) -> Any:
             chunk = integers(b[CHUNKS] + 8 * CHUNK_COLUMNS * ticket)
             row = integers(b[ROWS] + 8 * COLUMNS * chunk[TENSOR])
             param_layout, grad_layout = integers(row[PARAM_LAYOUT]), integers(row[GRAD_LAYOUT])
-            whole = param_layout[0] < 0 and grad_layout[0] < 0 and not in_pieces
+            dense = param_layout[0] < 0 and grad_layout[0] < 0
+            budget -= 1 if dense else COST_OF_STRIDED
             done = int64(0)
             while done < chunk[COUNT]:
-                count = chunk[COUNT] - done if whole else min(chunk[COUNT] - done, PIECE)
+                count = chunk[COUNT] - done if dense else min(chunk[COUNT] - done, PIECE)
                 body(ticket, chunk[TENSOR], row, param_layout, grad_layout, chunk[START] + done, count, b)
                 done += count
 
@@ -166,10 +168,17 @@ def accumulate(grad_format: str, compute: str) -> Any:
     return shared(body)
 
 
-def measure(grad_format: str, compute: str, accumulated: bool) -> Any:
-    """The kernel that reads the gradients once: sum of squares and count of values out of range, per chunk.
+def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) -> Any:
+    """The kernel that reads the gradients once: the sum of squares of each chunk.
 
     The sums are float64, so the squares of float32 and half gradients cannot overflow.
+
+    Args:
+        grad_format: Format of the gradients.
+        compute: What they are widened to.
+        accumulated: Whether to add the accumulator.
+        counted: Whether to scale the values, and to count those of the gradient itself that are too large, too. Without,
+            and without the accumulator, the gradient is not even unscaled: one multiplication of the sum does that.
     """
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
     grad_scratch, open_grad, _ = access(grad_format)
@@ -178,13 +187,21 @@ def measure(grad_format: str, compute: str, accumulated: bool) -> Any:
     @njit(error_model="numpy", fastmath=ANY_ORDER, _nrt=False)
     def elements(g, a, n, unscale, largest, scale):  # type: ignore[no-untyped-def]
         total, outside = 0.0, 0
-        for i in range(n):
-            grad = to_compute(widen_grad(g[i])) * unscale
-            outside += not (abs(grad) <= largest)
-            if accumulated:
-                grad += a[i]
-            value = float64(grad) * scale
-            total += value * value
+        for begin in range(0, n, PIECE):  # the order of the sum is then the same whether the tensor is dense or not
+            subtotal = 0.0
+            for i in range(begin, min(begin + PIECE, n)):
+                grad = to_compute(widen_grad(g[i]))
+                if accumulated or counted:
+                    grad = grad * unscale
+                if counted:
+                    outside += not (abs(grad) <= largest)
+                if accumulated:
+                    grad += a[i]
+                value = float64(grad)
+                if counted:
+                    value *= scale
+                subtotal += value * value
+            total += subtotal
         return total, outside
 
     @njit(error_model="numpy", _nrt=False)
@@ -195,4 +212,4 @@ def measure(grad_format: str, compute: str, accumulated: bool) -> Any:
         doubles(b[EXTRA + 2])[ticket] += total
         integers(b[EXTRA + 3])[ticket] += outside
 
-    return shared(body, in_pieces=True)
+    return shared(body)

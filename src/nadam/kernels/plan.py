@@ -1,7 +1,8 @@
 """The tensors of one call, sorted into tables by their number formats; the passes over all of them."""
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import sqrt
+from sys import float_info
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from nadam.core.average import Averaging
 from nadam.core.coefficients import Coefficients
+from nadam.core.gradient import Check
 from nadam.kernels.table import Commit, Table
 
 # Float64 gradients whose squares overflow are measured again times this: no square of theirs overflows then.
@@ -34,28 +36,34 @@ class Plan:
     def __init__(self, groups: Sequence[Group], members: NDArray[np.int64]) -> None:
         self.groups, self.members = groups, members
 
-    def measure(self, unscale: float, accumulated: bool, squares: bool) -> tuple[list[float], int]:
+    def measure(self, unscale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
         """Read the gradients once.
 
         Args:
             unscale: Multiplies each gradient.
-            accumulated: Whether the accumulator is then added.
-            squares: Whether a value whose square overflows counts as not finite.
+            accumulated: Whether the accumulator is then added, for the norms.
+            check: What is asked of the values of the gradients themselves.
 
         Returns:
-            The norm of each tensor, finite where its values are; and how many values are not finite.
+            The norm of each tensor, finite where its values are; and whether all values pass the check.
         """
-        norms, outside = np.empty(len(self.members)), 0
+        norms = np.empty(len(self.members))
         for table, members, _ in self.groups:
-            largest = table.largest_square_root if squares else inf
-            sums, count = table.measure(unscale, accumulated, largest)
-            outside += count
+            largest = sqrt(table.largest) if check is Check.SQUARES_FINITE else table.largest
+            counting = check is not Check.NOTHING and accumulated
+            sums, outside = table.measure(unscale, accumulated, largest if counting else None)
+            # A value that is too large makes the sum of squares so. So may many that are not: then they are counted.
+            bound = min(largest, sqrt(float_info.max)) ** 2
+            if check is not Check.NOTHING and not accumulated and not (sums <= bound).all():
+                outside = table.measure(unscale, accumulated, largest)[1]
+            if outside:
+                return [], False
             norms[members] = np.sqrt(sums)
             overflowed = np.isinf(sums)
             if overflowed.any():
                 sums, _ = table.measure(unscale, accumulated, largest, SHRINK)
                 norms[members[overflowed]] = [sqrt(total) / SHRINK for total in sums[overflowed]]
-        return norms.tolist(), outside
+        return norms.tolist(), True
 
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""

@@ -1,7 +1,6 @@
 """A group of tensors that one call of a kernel does together."""
 
-from collections.abc import Callable, Sequence
-from math import sqrt
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -41,8 +40,7 @@ class Table:
         self.chunks = spans.spans(self.sizes)
         self._worth_sharing = sum(self.sizes) >= WORTH_SHARING
         limits = np.finfo(self.compute)
-        self._largest, self._tiny = float(limits.max), float(limits.smallest_subnormal)
-        self.largest_square_root = sqrt(self._largest)
+        self.largest, self._tiny = float(limits.max), float(limits.smallest_subnormal)
         n = len(self.sizes)
         self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
         self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
@@ -56,7 +54,6 @@ class Table:
         self._update_block = self._block(self._factors, self._decays, self._scalars, None)
         self._accumulate_block = self._block(self._bounds)
         self._measure_block = self._block(self._bounds, self._scale, self._totals, self._outside)
-        self._kernels: dict[Any, Callable[[int, int], None]] = {}
         self._commits: dict[str, Commit] = {}
         self._multipliers: Any = None
 
@@ -66,9 +63,7 @@ class Table:
         return block, address(block)
 
     def _run(self, block: tuple[NDArray[np.int64], int], commit: Commit | None, name: str, *variant: Any) -> None:
-        kernel = self._kernels.get((name, variant))
-        if kernel is None:
-            kernel = self._kernels[name, variant] = native.kernel("numba", name, *variant)
+        kernel = native.kernel("numba", name, *variant)
         if commit is not None and commit is not self._commits.get(name):
             clock, advanced = self._commits[name] = commit
             block[0][spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
@@ -76,7 +71,7 @@ class Table:
         share_out(kernel, block[1], self._shared, len(self.chunks), helpers)
 
     def measure(
-        self, unscale: float, accumulated: bool, largest: float, scale: float = 1.0
+        self, unscale: float, accumulated: bool, largest: float | None = None, scale: float = 1.0
     ) -> tuple[NDArray[np.float64], int]:
         """Read the gradients once.
 
@@ -84,17 +79,21 @@ class Table:
             unscale: Multiplies each gradient.
             accumulated: Whether the accumulator is then added.
             largest: Values whose magnitude is not at most this (after unscale, before the accumulator) are counted.
-            scale: Multiplies each value before it is squared.
+            scale: Multiplies each value before it is squared; only together with ``largest``.
 
         Returns:
             The sum of squares of each tensor, float64, added in chunk order whatever the threads; and the count.
         """
-        self._bounds[:] = unscale, min(largest, self._largest)
+        counted = largest is not None
+        self._bounds[:] = unscale, largest or 0.0
         self._scale[0] = scale
         self._totals[:], self._outside[:] = 0.0, 0
-        self._run(self._measure_block, None, "measure", self.grad_format, self.compute, accumulated)
-        sums = np.bincount(self.chunks[:, spans.TENSOR], weights=self._totals, minlength=len(self.sizes))
-        return sums.astype(np.float64, copy=False), int(self._outside.sum())
+        self._run(self._measure_block, None, "measure", self.grad_format, self.compute, accumulated, counted)
+        sums = np.zeros(len(self.sizes))
+        np.add.at(sums, self.chunks[:, spans.TENSOR], self._totals)
+        if not (accumulated or counted):
+            sums *= unscale**2
+        return sums, int(self._outside.sum())
 
     def set_multipliers(self, grad_factors: Sequence[float] | float, decay: float, decays: NDArray[np.float64]) -> None:
         """What multiplies each tensor's gradient, or all of them, and how much of each parameter decays."""

@@ -12,8 +12,8 @@ from threading import Lock
 
 from nadam.kernels.spans import STOP, TICKET
 
-# Chunks that the calling thread does before it lets Python look at signals: some 20 ms of work.
-SLICE = 512
+# Chunks that the calling thread does before it lets Python look at signals: some 10 ms of work.
+SLICE = 256
 UNTIL_DONE = 1 << 62
 
 _lock = Lock()

@@ -58,7 +58,7 @@ class ArrayPlan:
         from nadam.kernels.table import Table, Tensors, address
 
         for entry in entries:
-            check_memory(f"variables[{entry.name!r}]", entry.array)
+            _check_unchanged(entry)
         arrays = [
             as_gradient(label, grad, entry.array) for label, grad, entry in zip(labels, grads, entries, strict=True)
         ]
@@ -108,6 +108,15 @@ class ArrayPlan:
         if len(self._checks) == 1:
             return self._checks[0][1].refresh(identities)
         return all(headers.refresh(identities[which]) for which, headers in self._checks)
+
+
+def _check_unchanged(entry: Parameter) -> None:
+    """That nobody has resized, retyped or frozen an array since the optimizer was built."""
+    where, array, state = f"variables[{entry.name!r}]", entry.array, entry.exp_avg
+    if array.shape != state.shape or STATE_DTYPES.get(array.dtype.name, array.dtype.name) != state.dtype.name:
+        built = f"shape {state.shape} and state of {state.dtype}"
+        raise ValueError(f"{where}: shape {array.shape} and dtype {array.dtype}, but was built with {built}")
+    check_memory(where, array)
 
 
 def check_memory(where: str, array: Array) -> None:
