@@ -18,23 +18,23 @@ def train(settings):
     run(settings, params, [draw_grads(rng, params) for _ in range(5)])
 
 
-def without_lookahead(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+def without_lookahead(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, eps):
     exp_avg = exp_avg + (grad - exp_avg) * w1
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
-    return param - exp_avg_step * exp_avg / (sqrt(exp_avg_sq * correction) + eps), exp_avg, exp_avg_sq  # noqa: F821
+    return param - exp_avg_step * exp_avg / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq  # noqa: F821
 
 
-def eps_inside(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+def eps_inside(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, eps):
     exp_avg = exp_avg + (grad - exp_avg) * w1
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
-    step = (exp_avg_step * exp_avg + grad_step * grad) / sqrt(exp_avg_sq * correction + eps)  # noqa: F821
+    step = (exp_avg_step * exp_avg + grad_step * grad) / sqrt(exp_avg_sq + eps)  # noqa: F821
     return param - param * decay - step, exp_avg, exp_avg_sq
 
 
-def decay_after(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, correction, eps):
+def decay_after(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, eps):
     exp_avg = exp_avg + (grad - exp_avg) * w1
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * w2
-    param = param - (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)  # noqa: F821
+    param = param - (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq) + eps)  # noqa: F821
     return param - param * decay, exp_avg, exp_avg_sq
 
 
@@ -57,13 +57,13 @@ def test_wrong_mathematics_in_the_kernel_is_seen(wrong, monkeypatch):
     settings, module, name, function = WRONG[wrong]
     train(settings)
     monkeypatch.setattr(module, name, FunctionType(function.__code__, vars(module)))
-    native._kernel.cache_clear()
+    native._kernels.clear()
     try:
         with pytest.raises(AssertionError):
             train(settings)
     finally:
         monkeypatch.undo()
-        native._kernel.cache_clear()
+        native._kernels.clear()
     train(settings)  # and the wrong code is not served afterwards
 
 

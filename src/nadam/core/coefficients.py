@@ -1,5 +1,6 @@
 """Step number -> this step's scalars, in float64 on the host."""
 
+from math import sqrt
 from typing import NamedTuple
 
 # Dozat's constant: momentum warms up as 1 - MOMENTUM_WARMUP**(step * momentum_decay) / 2.
@@ -13,7 +14,6 @@ class Coefficients(NamedTuple):
     exp_avg_sq_weight: float
     exp_avg_step: float
     grad_step: float
-    correction: float
     eps: float
 
 
@@ -46,9 +46,13 @@ def coefficients(
     """This step's scalars and the new momentum product.
 
         momentum_product *= momentum
-        exp_avg_step = lr * next_momentum / (1 - momentum_product * next_momentum)
-        grad_step    = lr * (1 - momentum) / (1 - momentum_product)
-        correction   = 1 / (1 - beta2**step)
+        root         = sqrt(1 - beta2**step)
+        exp_avg_step = lr * root * next_momentum / (1 - momentum_product * next_momentum)
+        grad_step    = lr * root * (1 - momentum) / (1 - momentum_product)
+        eps          = root * eps
+
+    The second moment's bias correction is the same for all elements, so numerator and denominator of the step are both
+    multiplied by its root here, and the rule need not.
 
     Args:
         step: Number of the update, from 1.
@@ -66,8 +70,8 @@ def coefficients(
         >>> c, product = coefficients(
         ...     1, lr=0.5, beta1=0.9, beta2=0.75, eps=1e-7, momentum_decay=1.0, momentum_product=1.0
         ... )
-        >>> round(c.exp_avg_weight, 6), c.correction, product
-        (0.1, 4.0, 0.468)
+        >>> round(c.exp_avg_weight, 6), c.eps, product
+        (0.1, 5e-08, 0.468)
 
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam, Algorithm 2.
@@ -75,14 +79,14 @@ def coefficients(
     now = momentum(beta1, momentum_decay, step)
     following = momentum(beta1, momentum_decay, step + 1)
     product = momentum_product * now
+    root = sqrt(1.0 - beta2**step)
     return (
         Coefficients(
             exp_avg_weight=1.0 - beta1,
             exp_avg_sq_weight=1.0 - beta2,
-            exp_avg_step=lr * following / (1.0 - product * following),
-            grad_step=lr * (1.0 - now) / (1.0 - product),
-            correction=1.0 / (1.0 - beta2**step),
-            eps=eps,
+            exp_avg_step=lr * root * following / (1.0 - product * following),
+            grad_step=lr * root * (1.0 - now) / (1.0 - product),
+            eps=root * eps,
         ),
         product,
     )

@@ -16,7 +16,7 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
         >>> from nadam.core import rule
         >>> import numpy as np
         >>> update = rebind(rule.update, sqrt=np.sqrt)
-        >>> update(np.ones(2), np.ones(2), 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 1.0, 0.0)[0].tolist()
+        >>> update(np.ones(2), np.ones(2), 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 0.0)[0].tolist()
         [0.5, 0.5]
     """
     assert isinstance(function, FunctionType)

@@ -18,14 +18,13 @@ def update(
     exp_avg_sq_weight: Value,
     exp_avg_step: Value,
     grad_step: Value,
-    correction: Value,
     eps: Value,
 ) -> tuple[Value, Value, Value]:
     """Advance parameters by one Nadam step.
 
         exp_avg    += (grad - exp_avg) * exp_avg_weight
         exp_avg_sq += (grad**2 - exp_avg_sq) * exp_avg_sq_weight
-        step        = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)
+        step        = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq) + eps)
         param      -= param * decay + step
 
     Args:
@@ -36,10 +35,9 @@ def update(
         decay: Decoupled weight decay of this step, lr * weight_decay.
         exp_avg_weight: 1 - beta1.
         exp_avg_sq_weight: 1 - beta2.
-        exp_avg_step: What the first moment weighs in the step; holds lr and the bias correction.
+        exp_avg_step: What the first moment weighs in the step; holds lr and the bias corrections.
         grad_step: What the gradient itself weighs in the step (Nesterov's look-ahead); holds lr likewise.
-        correction: 1 / (1 - beta2**step), the bias correction of the second moment.
-        eps: Added outside the square root of the bias-corrected second moment.
+        eps: Added outside the square root, divided like it by the bias correction of the second moment.
 
     Returns:
         New (param, exp_avg, exp_avg_sq). The inputs are left alone.
@@ -48,14 +46,14 @@ def update(
         Nothing; NaN and infinite gradients propagate.
 
     Example:
-        >>> update(1.0, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.1, 0.1, 2.0, 0.0)
-        (0.85, 0.25, 0.125)
+        >>> update(1.0, 0.5, 0.0, 0.0, 0.0, 0.5, 1.0, 0.1, 0.1, 0.0)
+        (0.85, 0.25, 0.25)
 
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam, Algorithm 2, without its extra beta2.
     """
     exp_avg = exp_avg + (grad - exp_avg) * exp_avg_weight
     exp_avg_sq = exp_avg_sq + (grad * grad - exp_avg_sq) * exp_avg_sq_weight
-    step = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq * correction) + eps)
+    step = (exp_avg_step * exp_avg + grad_step * grad) / (sqrt(exp_avg_sq) + eps)
     # Decay and step are subtracted together: small decays, each rounded by itself, would err in the same direction.
     return param - (param * decay + step), exp_avg, exp_avg_sq

@@ -96,13 +96,14 @@ def shared(body: Callable[..., Any]) -> Any:
     return kernel
 
 
-def one_pass(param_format: str, grad_format: str, accumulated: bool, averaged: bool) -> Any:
+def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bool, averaged: bool) -> Any:
     """The kernel that updates parameters, moments and average in one pass over memory.
 
     Args:
         param_format: Format of the parameters; moments, accumulator and average have its compute dtype.
         grad_format: Format of the gradients.
         accumulated: Whether to add the accumulator to the gradient, and clear it.
+        limited: Whether to limit each element of the gradient.
         averaged: Whether to keep the moving average of the parameters.
     """
     compute = COMPUTE_DTYPE[param_format]
@@ -118,17 +119,17 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, averaged: b
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
     def elements(p, g, m, v, e, a, n, s, factor, decay, overwrite):  # type: ignore[no-untyped-def]
-        w1, w2, exp_avg_step, grad_step, correction, eps = s[0], s[1], s[2], s[3], s[4], s[5]
-        unscale, clipvalue, ema_momentum, ema_weight = s[6], s[7], s[8], s[9]
+        w1, w2, exp_avg_step, grad_step, eps = s[0], s[1], s[2], s[3], s[4]
+        unscale, clipvalue, ema_momentum, ema_weight = s[5], s[6], s[7], s[8]
         for i in range(n):
             grad = to_compute(widen_grad(g[i]))
             if accumulated:
                 grad = a[i] + grad * unscale
                 a[i] = to_compute(0.0)
-            grad = limit(grad * factor, clipvalue)
-            param, m[i], v[i] = update(
-                widen(p[i]), grad, m[i], v[i], decay, w1, w2, exp_avg_step, grad_step, correction, eps
-            )
+            grad = grad * factor
+            if limited:
+                grad = limit(grad, clipvalue)
+            param, m[i], v[i] = update(widen(p[i]), grad, m[i], v[i], decay, w1, w2, exp_avg_step, grad_step, eps)
             stored = narrow(param)
             if averaged:
                 e[i] = moving(e[i], widen(stored), ema_momentum, ema_weight)
@@ -177,8 +178,8 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
         grad_format: Format of the gradients.
         compute: What they are widened to.
         accumulated: Whether to add the accumulator.
-        counted: Whether to scale the values, and to count those of the gradient itself that are too large, too. Without,
-            and without the accumulator, the gradient is not even unscaled: one multiplication of the sum does that.
+        counted: Whether to scale the values, and to count those of the gradient itself that are too large, too. Without
+            it and the accumulator, the gradient is not even unscaled: one multiplication of the sum does that.
     """
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
     grad_scratch, open_grad, _ = access(grad_format)

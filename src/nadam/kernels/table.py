@@ -1,6 +1,7 @@
 """A group of tensors that one call of a kernel does together."""
 
 from collections.abc import Sequence
+from math import inf
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ class Table:
         self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
         self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
         self._scalars, self._pack_scalars = (
-            np.zeros(10, self.compute),
-            Struct("10f" if self.compute == "float32" else "10d"),
+            np.zeros(9, self.compute),
+            Struct("9f" if self.compute == "float32" else "9d"),
         )
         self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
         self._control = np.zeros(2, np.int64)
@@ -132,8 +133,8 @@ class Table:
         rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
         self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
         self._update_block[0][spans.EXTRA + 3] = overwrite
-        variant = (self.param_format, self.grad_format, unscale is not None, averaging is not None)
-        self._run(self._update_block, commit, "one_pass", *variant)
+        variant = (unscale is not None, clipvalue < inf, averaging is not None)
+        self._run(self._update_block, commit, "one_pass", self.param_format, self.grad_format, *variant)
 
 
 def address(array: NDArray[Any]) -> int:

@@ -7,13 +7,15 @@ interpreter that is shutting down, no more threads) are done without: the callin
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Condition, Lock
 
 from nadam.kernels.spans import STOP, TICKET
 
-# Chunks that the calling thread does before it lets Python look at signals: some 10 ms of work.
-SLICE = 256
+# Chunks that the calling thread does before it lets Python look at signals: a few milliseconds of work, more where it
+# touches memory for the first time.
+SLICE = 64
 UNTIL_DONE = 1 << 62
 
 _lock = Lock()
@@ -80,40 +82,64 @@ def share_out(kernel: Callable[[int, int], None], block: int, control: memoryvie
             not drawn by then are left as they were.
     """
     control[TICKET] = control[STOP] = 0
-    running: list[Future[None]] = []
-    try:
-        if helpers:
-            running.extend(_helpers(helpers, kernel, block))
+    if not helpers:
         kernel(block, SLICE)
         while control[TICKET] < chunks:
             kernel(block, SLICE)
-        _wait(running)
+        return
+    crew = _Crew(kernel, block)
+    try:
+        crew.call(helpers)
+        kernel(block, SLICE)
+        while control[TICKET] < chunks:
+            kernel(block, SLICE)
+        crew.dismiss()
     except BaseException:
         control[STOP] = 1  # helpers end with the chunk that they are at
-        _wait(running)
+        crew.dismiss()
         raise
 
 
-def _helpers(count: int, kernel: Callable[[int, int], None], block: int) -> list[Future[None]]:
-    try:
-        pool = _get_pool(count)
-        return [pool.submit(kernel, block, UNTIL_DONE) for _ in range(count)]
-    except RuntimeError:  # the interpreter is shutting down, or the system gives no more threads
-        return []
+class _Crew:
+    """The helpers of one pass. They sign in and out themselves, so an interrupt of the calling thread loses none."""
 
+    def __init__(self, kernel: Callable[[int, int], None], block: int) -> None:
+        self._kernel, self._block = kernel, block
+        self._changed = Condition()
+        self._over, self._working = False, 0
 
-def _wait(running: list[Future[None]]) -> None:
-    """Until no helper works any more, whatever signals come: they work on memory that the caller may free."""
-    interrupt = None
-    while running:
+    def call(self, count: int) -> None:
+        """Ask for helpers; those that cannot be had are done without."""
+        with suppress(RuntimeError):  # the interpreter is shutting down, or the system gives no more threads
+            pool = _get_pool(count)
+            for _ in range(count):
+                pool.submit(self._help)
+
+    def _help(self) -> None:
+        with self._changed:
+            if self._over:
+                return
+            self._working += 1
         try:
-            if not running[-1].cancel():  # one that has not begun is not needed any more
-                running[-1].result()
-            running.pop()
-        except KeyboardInterrupt as signal:
-            interrupt = signal
-    if interrupt is not None:
-        raise interrupt
+            self._kernel(self._block, UNTIL_DONE)
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._changed.notify()
+
+    def dismiss(self) -> None:
+        """Wait until no helper works any more, whatever signals come: they work on memory that the caller may free."""
+        interrupt = None
+        while True:
+            try:
+                with self._changed:
+                    self._over = True
+                    self._changed.wait_for(lambda: not self._working)
+                break
+            except KeyboardInterrupt as signal:
+                interrupt = signal
+        if interrupt is not None:
+            raise interrupt
 
 
 def _get_pool(helpers: int) -> ThreadPoolExecutor:
