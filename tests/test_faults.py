@@ -10,6 +10,7 @@ import pytest
 import nadam
 from cases import BFLOAT16, same_bits
 from nadam.kernels.spans import spans
+from nadam.numpy import optimizer as optimizer_module
 
 
 def snapshot(optimizer, params):
@@ -325,3 +326,23 @@ def test_more_than_two_to_the_31_elements():  # 22
     assert table.dtype == np.int64
     assert table[-1].tolist() == [1, 2**33, 1]
     assert table[:, 2].sum() == 2**33 + 4
+
+
+def test_a_signal_handler_cannot_step_or_save_in_the_middle_of_a_step(monkeypatch):
+    optimizer, _ = trained()
+    seen = []
+
+    def during(*args, **kwargs):
+        for method in (lambda: optimizer.apply([np.ones((3, 4)), np.ones(5)]), optimizer.state_dict):
+            with pytest.raises(RuntimeError, match="from within a step"):
+                method()
+            seen.append(method)
+        return original(*args, **kwargs)
+
+    original = optimizer_module.step
+    monkeypatch.setattr(optimizer_module, "step", during)
+    optimizer.apply([np.ones((3, 4)), np.ones(5)])
+    assert len(seen) == 2
+    assert optimizer.iterations == 2
+    monkeypatch.undo()
+    optimizer.state_dict()

@@ -9,6 +9,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +26,7 @@ FORMAT = 1
 # A file: this line, the SHA-256 of the rest, then an .npz archive.
 MAGIC = b"nadam checkpoint 1\n"
 BLOCK = 1 << 20
+BFLOAT16 = "bfloat16"
 
 
 def state_dict(parameters: Parameters, learning_rate: float | None) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         state: What ``state_dict`` gave, or any dict of that kind: nested dicts of arrays, numbers, strings and lists.
 
     Raises:
-        OSError: The file cannot be written; one that was there is left as it was.
+        TypeError: Something else in the state. A file that was there is left as it was, also by the next.
+        OSError: The file cannot be written.
 
     Example:
         >>> import nadam, tempfile
@@ -127,7 +130,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):  # an interrupt came when the file was in its place already
+            os.unlink(temporary)
         raise
 
 
@@ -167,7 +171,7 @@ def _digest(file: BinaryIO, start: int) -> bytes:
     return digest.digest()
 
 
-# In the JSON text an array is a list of its name in the archive, marked by a key that no other dict has alone.
+# In the JSON text an array is its name in the archive and its dtype, marked by a key that no other dict has alone.
 _ARRAY = "__array__"
 _TREE = "tree"
 
@@ -176,17 +180,27 @@ def _without_arrays(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _without_arrays(item, arrays) for key, item in value.items()}
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise TypeError(f"an array of {value.dtype} cannot be saved")
         name = f"array{len(arrays)}"
-        arrays[name] = value
-        return {_ARRAY: name}
+        # NumPy's format has no bfloat16: its bits are stored, and its name.
+        arrays[name] = value.view(np.uint16) if value.dtype.name == BFLOAT16 else value
+        return {_ARRAY: [name, value.dtype.name]}
     return value
+
+
+def _bfloat16() -> Any:
+    import ml_dtypes  # only where a file holds such an array
+
+    return ml_dtypes.bfloat16
 
 
 def _with_arrays(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
     if not isinstance(value, dict):
         return value
     if set(value) == {_ARRAY}:
-        return arrays[value[_ARRAY]]
+        name, dtype = value[_ARRAY]
+        return arrays[name].view(_bfloat16()) if dtype == BFLOAT16 else arrays[name]
     return {key: _with_arrays(item, arrays) for key, item in value.items()}
 
 

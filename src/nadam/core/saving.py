@@ -25,8 +25,8 @@ def to_config(name: str, value: Any) -> Any:
     Example:
         >>> to_config("beta_1", lambda: 0.9)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: beta_1=<function <lambda> at ...>: cannot be saved: expected a number, an object with
-            get_config()...
+            ...
+        ValueError: beta_1=<function <lambda> at ...>: cannot be saved: expected a number, ...
     """
     if not callable(value):
         return value

@@ -65,8 +65,10 @@ def _make(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, in
 def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
     """Machine code: the name of its function and an object file."""
     global compilations
-    from numba import int64, types, void
+    from numba import config, int64, types, void
 
+    if config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, and there is no compiled kernel on disk: unset it once")
     compilations += 1
     function = getattr(importlib.import_module(f"nadam.kernels.{module}"), name)(*variant)
     signature = void(int64, int64)
@@ -117,7 +119,8 @@ def _write(path: Path | None, content: bytes) -> None:
                     file.write(hashlib.sha256(content).digest() + content)
                 os.replace(temporary, path)  # at once: another process sees the old file, the new one or none
             except BaseException:
-                os.unlink(temporary)
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
                 raise
 
 
@@ -152,8 +155,10 @@ def cache_directory() -> Path:
 @cache
 def _environment() -> str:
     """What machine code depends on besides the kernel's name and the mathematics."""
-    sources = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    sources, files = hashlib.sha256(), sorted(Path(__file__).parent.glob("*.py"))
+    if not files:
+        raise FileNotFoundError("no sources to tell one version from another by")
+    for source in files:
         sources.update(source.name.encode() + b"\0" + source.read_bytes())
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     processor = llvm.get_host_cpu_name() + llvm.get_host_cpu_features().flatten()

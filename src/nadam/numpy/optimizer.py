@@ -116,6 +116,7 @@ class Nadam(Settings):
         self._parameters: Parameters | None = None
         self._exclusion = Exclusion([], [])
         self._lock = RLock()
+        self._busy = False
 
     @property
     def built(self) -> bool:
@@ -244,6 +245,7 @@ class Nadam(Settings):
     def _step(self, grads: Any, variables: Any, loss_scale: float, *, must_be_finite: bool) -> bool:
         """Do one step; gives whether it was not skipped."""
         with self._lock:
+            self._check_idle("apply")
             parameters = self._parameters
             if parameters is None:
                 if variables is None:
@@ -253,9 +255,18 @@ class Nadam(Settings):
                 parameters = self._prepared(variables)
             plan, _held = parameters.plan(grads, variables)
             self._parameters = parameters
-            report = step(self._hyper, parameters.clock, plan, loss_scale=loss_scale, must_be_finite=must_be_finite)
+            self._busy = True
+            try:
+                report = step(self._hyper, parameters.clock, plan, loss_scale=loss_scale, must_be_finite=must_be_finite)
+            finally:
+                self._busy = False
             self.last_step = report
             return not report.skipped
+
+    def _check_idle(self, method: str) -> None:
+        """The lock keeps other threads out, but not a signal handler that runs in the middle of a step."""
+        if self._busy:
+            raise RuntimeError(f"{method}: called from within a step, as by a signal handler")
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``."""
@@ -291,6 +302,7 @@ class Nadam(Settings):
             ValueError: The optimizer is not built.
         """
         with self._lock:
+            self._check_idle("state_dict")
             lr = None if callable(self._hyper.lr) else self._hyper.lr
             return checkpoint.state_dict(self._built("state_dict"), lr)
 
@@ -305,6 +317,7 @@ class Nadam(Settings):
                 says what is wrong, and nothing has changed.
         """
         with self._lock:
+            self._check_idle("load_state_dict")
             lr = checkpoint.load_state_dict(self._built("load_state_dict"), state)
             if lr is not None and not callable(self._hyper.lr):
                 self._hyper = replace(self._hyper, lr=lr)

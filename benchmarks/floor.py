@@ -1,0 +1,165 @@
+"""The floor: a compiled loop that reads and writes the bytes of a step and computes next to nothing.
+
+It runs over the very arrays of the optimizer, because where arrays lie in memory can change the speed of a loop over
+several of them by half, and it leaves their values alone: what it adds is zero, but only at run time. Chunks, threads
+and the way in which threads draw chunks are those of the package.
+
+Two forms are compiled, since either can be the faster one: one loop over all arrays at once, as the update itself is
+written, and a loop for each array of a chunk, whose gradient is read together with the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit, types, uint16
+
+from benchmarks.cases import Array
+from nadam.kernels.memory import fetch_add, integers, pointer_to
+from nadam.kernels.spans import CHUNK_COLUMNS, COUNT, START, TENSOR, TICKET, spans
+from nadam.kernels.table import WORTH_SHARING, address
+from nadam.kernels.threads import get_num_threads, share_out
+
+FORMS = ("one loop", "a loop each")
+# A row per tensor: its addresses. The block of a kernel's arguments, likewise int64.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA = range(5)
+COLUMNS = 5
+CONTROL, NUM_CHUNKS, ROWS, CHUNKS, ZEROS, TOTALS = range(6)
+FAST = {"contract", "nsz", "reassoc"}
+_STORAGE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16}
+_STATE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.float32}
+
+
+def _arithmetic(dtype: str) -> tuple[Any, Any, Any]:
+    """(mixed, joined, total): parameter with gradient, gradients together, and what a sum of gradients is kept in.
+
+    Bits for bfloat16: Numba would make the sum of two uint16 64 bits wide, while `and` and `or` are narrowed again.
+    """
+    if dtype == "bfloat16":
+        return (
+            njit(lambda p, g, zero: uint16(p | (g & zero)), inline="always"),
+            njit(lambda total, g: uint16(total | g), inline="always"),
+            types.uint16,
+        )
+    return (
+        njit(lambda p, g, zero: p + g * zero, inline="always", fastmath=FAST),
+        njit(lambda total, g: total + g, inline="always", fastmath=FAST),
+        _STORAGE[dtype],
+    )
+
+
+def _drawn(body: Any) -> Any:
+    """The kernel around what is done with one chunk: draws chunks until none or no budget is left."""
+
+    @njit(nogil=True, error_model="numpy")
+    def kernel(block, budget):  # type: ignore[no-untyped-def]
+        b = integers(block)
+        for _ in range(budget):
+            ticket = fetch_add(b[CONTROL] + 8 * TICKET)
+            if ticket >= b[NUM_CHUNKS]:
+                return
+            chunk = integers(b[CHUNKS] + 8 * CHUNK_COLUMNS * ticket)
+            row = integers(b[ROWS] + 8 * COLUMNS * chunk[TENSOR])
+            body(row, chunk[START], chunk[COUNT], b, ticket)
+
+    return kernel
+
+
+@cache
+def _mover(dtype: str, averaged: bool, form: str) -> Any:
+    """Reads parameter, gradient, moments and average; writes all but the gradient."""
+    stored, state = pointer_to(_STORAGE[dtype]), pointer_to(_STATE[dtype])
+    width, state_width = _STORAGE[dtype].bitwidth // 8, _STATE[dtype].bitwidth // 8
+    mixed, _, _ = _arithmetic(dtype)
+
+    @njit(error_model="numpy", fastmath=FAST)
+    def one_loop(p, g, m, v, e, n, zero, state_zero):  # type: ignore[no-untyped-def]
+        for i in range(n):
+            p[i] = mixed(p[i], g[i], zero)
+            m[i] += state_zero
+            v[i] += state_zero
+            if averaged:
+                e[i] += state_zero
+
+    @njit(error_model="numpy", fastmath=FAST)
+    def a_loop_each(p, g, m, v, e, n, zero, state_zero):  # type: ignore[no-untyped-def]
+        for i in range(n):
+            p[i] = mixed(p[i], g[i], zero)
+        for i in range(n):
+            m[i] += state_zero
+        for i in range(n):
+            v[i] += state_zero
+        if averaged:
+            for i in range(n):
+                e[i] += state_zero
+
+    elements = one_loop if form == FORMS[0] else a_loop_each
+
+    @njit(error_model="numpy")
+    def body(row, start, n, b, ticket):  # type: ignore[no-untyped-def]
+        p, g = stored(row[PARAM] + start * width), stored(row[GRAD] + start * width)
+        offset = start * state_width
+        m, v, e = state(row[EXP_AVG] + offset), state(row[EXP_AVG_SQ] + offset), state(row[EMA] + offset)
+        elements(p, g, m, v, e, n, stored(b[ZEROS])[0], state(b[ZEROS])[0])
+
+    return _drawn(body)
+
+
+@cache
+def _reader(dtype: str) -> Any:
+    """Reads the gradients, as the norm does."""
+    stored, width = pointer_to(_STORAGE[dtype]), _STORAGE[dtype].bitwidth // 8
+    _, joined, total_type = _arithmetic(dtype)
+
+    @njit(error_model="numpy", fastmath=FAST)
+    def elements(g, n):  # type: ignore[no-untyped-def]
+        total = total_type(0)
+        for i in range(n):
+            total = joined(total, g[i])
+        return total
+
+    @njit(error_model="numpy")
+    def body(row, start, n, b, ticket):  # type: ignore[no-untyped-def]
+        # Kept, or the loop would be left out.
+        stored(b[TOTALS] + 8 * ticket)[0] = elements(stored(row[GRAD] + start * width), n)
+
+    return _drawn(body)
+
+
+class Floor:
+    """The floor of a step over arrays that lie dense in memory.
+
+    Args:
+        moved: Lists of arrays, as of `benchmarks.cases.Ours`: parameters, gradients, moments, and averages or none.
+        kind: "plain", or "full" for one more read of the gradients and the averages.
+        dtype: Number format of parameters and gradients.
+    """
+
+    def __init__(self, moved: Sequence[Sequence[Array]], kind: str, dtype: str) -> None:
+        self._keep = moved
+        sizes = [array.size for array in moved[0]]
+        self._rows, self._chunks = np.zeros((len(sizes), COLUMNS), np.int64), spans(sizes)
+        for column, arrays in enumerate(moved):
+            self._rows[:, column] = [address(array) for array in arrays]
+        self._control = np.zeros(2, np.int64)
+        self._zeros, self._totals = np.zeros(1), np.zeros(len(self._chunks))
+        arrays = (self._rows, self._chunks, self._zeros, self._totals)
+        common = [address(self._control), len(self._chunks)]
+        self._block = np.array([*common, *map(address, arrays)], np.int64)
+        self._shared = memoryview(self._control)
+        self._worth_sharing = sum(sizes) >= WORTH_SHARING
+        readers = [_reader(dtype)] if kind == "full" else []
+        self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in FORMS}
+
+    def _pass(self, kernels: Sequence[Any]) -> Callable[[], None]:
+        block, chunks = address(self._block), len(self._chunks)
+
+        def run() -> None:
+            helpers = min(get_num_threads(), chunks) - 1 if self._worth_sharing else 0
+            for kernel in kernels:
+                share_out(kernel, block, self._shared, chunks, helpers)
+
+        return run
