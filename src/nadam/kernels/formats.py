@@ -40,20 +40,20 @@ def choose(typing: Any, condition: Any, this: Any, that: Any) -> Any:
 
 
 @njit(inline="always")
-def to_nearest_even(bits, dropped):  # type: ignore[no-untyped-def]
+def to_nearest_even(bits, dropped):
     """An integer whose upper bits are right once the ``dropped`` lower ones go."""
     last = uint32(uint32(bits >> uint32(dropped)) & uint32(1))
     return uint32(uint32(bits + last) + uint32((1 << (dropped - 1)) - 1))
 
 
 @njit(inline="always")
-def widen_bfloat16(bits):  # type: ignore[no-untyped-def]
+def widen_bfloat16(bits):
     """bfloat16 bits -> float32, exact: they are its upper half."""
     return float_from_bits(uint32(uint32(bits) << uint32(16)))
 
 
 @njit(inline="always")
-def narrow_bfloat16(value):  # type: ignore[no-untyped-def]
+def narrow_bfloat16(value):
     """float32 -> bfloat16 bits, to nearest even; a NaN is not rounded (it would carry over) but made quiet."""
     bits = bits_of_float(value)
     quiet = uint32(bits | uint32(0x00400000))
@@ -61,7 +61,7 @@ def narrow_bfloat16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def widen_float16(bits):  # type: ignore[no-untyped-def]
+def widen_float16(bits):
     """IEEE half bits -> float32, exact: subnormals by the multiplication, infinity and NaN by their exponent."""
     magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
     finite = bits_of_float(float_from_bits(magnitude) * float32(_HALF_BIAS))
@@ -71,7 +71,7 @@ def widen_float16(bits):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def narrow_float16(value):  # type: ignore[no-untyped-def]
+def narrow_float16(value):
     """float32 -> IEEE half bits, to nearest even; subnormal halves by adding 0.5, whose last bit is theirs."""
     bits = bits_of_float(value)
     magnitude = uint32(bits & uint32(0x7FFFFFFF))
@@ -84,13 +84,13 @@ def narrow_float16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def to_float32(value):  # type: ignore[no-untyped-def]
+def to_float32(value):
     """Any number -> float32."""
     return float32(value)
 
 
 @njit(inline="always")
-def to_float64(value):  # type: ignore[no-untyped-def]
+def to_float64(value):
     """Any number -> float64."""
     return float64(value)
 

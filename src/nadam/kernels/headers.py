@@ -43,7 +43,7 @@ def refresh() -> Any:
     """The kernel that writes the addresses of arrays into a table, up to the first that is not as expected."""
 
     @njit(error_model="numpy", _nrt=False)
-    def kernel(block, budget):  # type: ignore[no-untyped-def]
+    def kernel(block, budget):
         b = integers(block)
         arrays, expected, table = integers(b[ARRAYS]), integers(b[EXPECTED]), integers(b[TABLE])
         lows, highs = integers(b[LOWS]), integers(b[HIGHS])

@@ -78,7 +78,7 @@ def access(format_name: str) -> tuple[Callable[..., Any], Callable[..., Any], Ca
         return types.void(types.int64, storage), build
 
     @njit(inline="always")
-    def address_of(base, layout, index):  # type: ignore[no-untyped-def]
+    def address_of(base, layout, index):
         dims = layout[0]
         for d in range(dims, 0, -1):
             base += (index % layout[d]) * layout[dims + d]
@@ -86,7 +86,7 @@ def access(format_name: str) -> tuple[Callable[..., Any], Callable[..., Any], Ca
         return base
 
     @njit(error_model="numpy")
-    def opened(base, layout, start, count, into):  # type: ignore[no-untyped-def]
+    def opened(base, layout, start, count, into):
         if layout[0] < 0:
             return pointer(base + start * width)
         for i in range(count):
@@ -94,7 +94,7 @@ def access(format_name: str) -> tuple[Callable[..., Any], Callable[..., Any], Ca
         return into
 
     @njit(error_model="numpy")
-    def closed(values, base, layout, start, count):  # type: ignore[no-untyped-def]
+    def closed(values, base, layout, start, count):
         if layout[0] >= 0:
             for i in range(count):
                 store(address_of(base, layout, start + i), values[i])

@@ -52,13 +52,13 @@ ANY_ORDER = {"contract", "nsz", "reassoc"}
 
 
 @njit(inline="always")
-def minimum(value, bound):  # type: ignore[no-untyped-def]
+def minimum(value, bound):
     """The smaller one; a NaN value stays."""
     return bound if bound < value else value
 
 
 @njit(inline="always")
-def maximum(value, bound):  # type: ignore[no-untyped-def]
+def maximum(value, bound):
     """The larger one; a NaN value stays."""
     return bound if bound > value else value
 
@@ -71,7 +71,7 @@ def shared(body: Callable[..., Any]) -> Any:
     """
 
     @njit(error_model="numpy", _nrt=False)
-    def kernel(block, budget):  # type: ignore[no-untyped-def]
+    def kernel(block, budget):
         b = integers(block)
         control = integers(b[CONTROL])
         while budget > 0:
@@ -118,7 +118,7 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
     moving = njit(rebind(average.average), inline="always", fastmath=KEEP_NAN)
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(p, g, m, v, e, a, n, s, factor, decay, overwrite):  # type: ignore[no-untyped-def]
+    def elements(p, g, m, v, e, a, n, s, factor, decay, overwrite):
         w1, w2, exp_avg_step, grad_step, eps = s[0], s[1], s[2], s[3], s[4]
         unscale, clipvalue, ema_momentum, ema_weight = s[5], s[6], s[7], s[8]
         for i in range(n):
@@ -138,7 +138,7 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
             p[i] = stored
 
     @njit(error_model="numpy", _nrt=False)
-    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
         p = open_param(row[PARAM], param_layout, start, count, param_scratch())
         g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
         m, v = values(row[EXP_AVG] + start * width), values(row[EXP_AVG_SQ] + start * width)
@@ -157,12 +157,12 @@ def accumulate(grad_format: str, compute: str) -> Any:
     values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(g, a, n, unscale):  # type: ignore[no-untyped-def]
+    def elements(g, a, n, unscale):
         for i in range(n):
             a[i] += to_compute(widen_grad(g[i])) * unscale
 
     @njit(error_model="numpy", _nrt=False)
-    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
         g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
         elements(g, values(row[ACCUMULATOR] + start * width), count, values(b[EXTRA])[0])
 
@@ -186,7 +186,7 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
     values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
 
     @njit(error_model="numpy", fastmath=ANY_ORDER, _nrt=False)
-    def elements(g, a, n, unscale, largest, scale):  # type: ignore[no-untyped-def]
+    def elements(g, a, n, unscale, largest, scale):
         total, outside = 0.0, 0
         for begin in range(0, n, PIECE):  # the order of the sum is then the same whether the tensor is dense or not
             subtotal = 0.0
@@ -206,7 +206,7 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
         return total, outside
 
     @njit(error_model="numpy", _nrt=False)
-    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):  # type: ignore[no-untyped-def]
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
         g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
         a, s = values(row[ACCUMULATOR] + start * width), values(b[EXTRA])
         total, outside = elements(g, a, count, s[0], s[1], doubles(b[EXTRA + 1])[0])
