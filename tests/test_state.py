@@ -124,7 +124,8 @@ FIRST = ("state", "kernel", "exp_avg")
         (FIRST, with_nan, "kernel.exp_avg: not all of its values are finite"),
         (FIRST, flipped, "kernel.exp_avg: its values are not those that were saved"),
         (("state", "kernel", "exp_avg_sq"), lambda a: -a, "kernel.exp_avg_sq: a negative value"),
-        (("accumulated",), ["none"], "no such parameters"),
+        (("accumulated",), ["none"], "no parameters with an accumulator"),
+        (("accumulated",), ["kernel"], "no parameters with an accumulator"),
     ],
 )
 def test_a_state_that_is_wrong_is_refused(path, value, message):  # 23

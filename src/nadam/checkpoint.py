@@ -76,8 +76,9 @@ def load_state_dict(parameters: Parameters, state: Mapping[str, Any]) -> float |
     if not isinstance(arrays, Mapping):
         raise ValueError("state: 'state' is missing")
     _same_names("parameters", arrays, entries)
-    if set(accumulated) - set(entries):
-        raise ValueError(f"accumulated: {sorted(set(accumulated) - set(entries))}: no such parameters")
+    accumulating = {name for name, entry in entries.items() if entry.accumulator is not None}
+    if set(accumulated) - accumulating:
+        raise ValueError(f"accumulated: {sorted(set(accumulated) - accumulating)}: no parameters with an accumulator")
     checksums = state.get("checksums", {})
     for name, entry in entries.items():
         _same_names(f"slots of {name!r}", arrays[name], entry.state)

@@ -68,9 +68,12 @@ class Clock:
 
     def prepare_update(self, momentum_product: float, accumulating: bool) -> None:
         """Lay out what an update makes of the counters."""
-        self.advanced[:] = self.now
-        self._advanced[CALLS] += 1.0
-        self._advanced[MOMENTUM_PRODUCT] = momentum_product
+        now, advanced = self._now, self._advanced
+        advanced[CALLS], advanced[MOMENTUM_PRODUCT], advanced[SKIPPED] = (
+            now[CALLS] + 1.0,
+            momentum_product,
+            now[SKIPPED],
+        )
         if accumulating:
             self.advanced[SEEN:] = 0.0
 

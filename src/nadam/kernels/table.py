@@ -1,6 +1,6 @@
 """A group of tensors that one call of a kernel does together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from struct import Struct
 from typing import Any, NamedTuple
@@ -55,6 +55,9 @@ class Table:
         self._update_block = self._block(self._factors, self._decays, self._scalars, None)
         self._accumulate_block = self._block(self._bounds)
         self._measure_block = self._block(self._bounds, self._scale, self._totals, self._outside)
+        gradient = (grad_format, self.compute)
+        self._formats = {"one_pass": (param_format, grad_format), "accumulate": gradient, "measure": gradient}
+        self._kernels: dict[tuple[str, tuple[Any, ...]], Callable[[int, int], None]] = {}
         self._commits: dict[str, Commit] = {}
         self._multipliers: Any = None
 
@@ -64,7 +67,9 @@ class Table:
         return block, address(block)
 
     def _run(self, block: tuple[NDArray[np.int64], int], commit: Commit | None, name: str, *variant: Any) -> None:
-        kernel = native.kernel("numba", name, *variant)
+        kernel = self._kernels.get((name, variant))
+        if kernel is None:
+            kernel = self._kernels[name, variant] = native.kernel("numba", name, *self._formats[name], *variant)
         if commit is not None and commit is not self._commits.get(name):
             clock, advanced = self._commits[name] = commit
             block[0][spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
@@ -89,7 +94,7 @@ class Table:
         self._bounds[:] = unscale, largest or 0.0
         self._scale[0] = scale
         self._totals[:], self._outside[:] = 0.0, 0
-        self._run(self._measure_block, None, "measure", self.grad_format, self.compute, accumulated, counted)
+        self._run(self._measure_block, None, "measure", accumulated, counted)
         sums = np.zeros(len(self.sizes))
         np.add.at(sums, self.chunks[:, spans.TENSOR], self._totals)
         if not (accumulated or counted):
@@ -108,7 +113,7 @@ class Table:
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""
         self._bounds[0] = unscale
-        self._run(self._accumulate_block, commit, "accumulate", self.grad_format, self.compute)
+        self._run(self._accumulate_block, commit, "accumulate")
 
     def update(
         self,
@@ -134,7 +139,7 @@ class Table:
         self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
         self._update_block[0][spans.EXTRA + 3] = overwrite
         variant = (unscale is not None, clipvalue < inf, averaging is not None)
-        self._run(self._update_block, commit, "one_pass", self.param_format, self.grad_format, *variant)
+        self._run(self._update_block, commit, "one_pass", *variant)
 
 
 def address(array: NDArray[Any]) -> int:

@@ -100,7 +100,9 @@ class Parameters:
 
     def are(self, variables: Any) -> bool:
         """Whether these are the same arrays, in the same order."""
-        arrays = list(variables.values()) if isinstance(variables, Mapping) else variables
+        arrays = variables
+        if type(variables) is not list and isinstance(variables, Mapping):
+            arrays = list(variables.values())
         return len(arrays) == len(self._arrays) and all(map(is_, arrays, self._arrays))
 
     def index_of(self, array: Any, position: object) -> int:
