@@ -33,3 +33,12 @@ def test_the_files_it_names_are_there(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_everything_public_is_there():
+    import nadam
+
+    assert set(nadam.__all__) <= set(dir(nadam))
+    assert all(getattr(nadam, name) is not None for name in nadam.__all__)
+    with pytest.raises(AttributeError, match="'nadam' has no attribute 'Adam'"):
+        nadam.Adam  # noqa: B018

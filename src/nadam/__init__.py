@@ -4,10 +4,14 @@ The optimizer for NumPy arrays is here; importing it imports no framework. The o
 and `nadam.jax`.
 """
 
-from nadam import checkpoint
-from nadam.core import schedules
-from nadam.kernels.threads import get_num_threads, set_num_threads
-from nadam.numpy import LossScaleOptimizer, Nadam, StepReport
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nadam import checkpoint
+    from nadam.core import schedules
+    from nadam.kernels.threads import get_num_threads, set_num_threads
+    from nadam.numpy import LossScaleOptimizer, Nadam, StepReport
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,28 @@ __all__ = [
     "schedules",
     "set_num_threads",
 ]
+
+# Where each name is; loaded when it is first asked for, since NumPy alone takes most of a fifth of a second.
+_HOMES = {
+    "LossScaleOptimizer": "nadam.numpy",
+    "Nadam": "nadam.numpy",
+    "StepReport": "nadam.numpy",
+    "get_num_threads": "nadam.kernels.threads",
+    "set_num_threads": "nadam.kernels.threads",
+}
+_MODULES = {"checkpoint": "nadam.checkpoint", "schedules": "nadam.core.schedules"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = import_module(_MODULES[name])
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'nadam' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

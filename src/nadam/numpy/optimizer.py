@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam import checkpoint
 from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
 from nadam.core.step import StepReport, step
@@ -301,6 +300,8 @@ class Nadam(Settings):
         Raises:
             ValueError: The optimizer is not built.
         """
+        from nadam import checkpoint
+
         with self._lock:
             self._check_idle("state_dict")
             lr = None if callable(self._hyper.lr) else self._hyper.lr
@@ -316,6 +317,8 @@ class Nadam(Settings):
             ValueError: The optimizer is not built, or the state is another's, incomplete, damaged or not finite; it
                 says what is wrong, and nothing has changed.
         """
+        from nadam import checkpoint
+
         with self._lock:
             self._check_idle("load_state_dict")
             lr = checkpoint.load_state_dict(self._built("load_state_dict"), state)
