@@ -152,6 +152,25 @@ def test_a_gradient_that_is_not_finite(bad, dtype):  # 7
     assert optimizer.iterations == 1
 
 
+@pytest.mark.parametrize("where", ["param", "grad"])
+@pytest.mark.parametrize("grad_dtype", [BFLOAT16, np.float32])
+def test_a_bfloat16_parameter_stays_nan_whatever_the_nan(where, grad_dtype):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    nans = bits[np.isnan(bits.view(BFLOAT16).astype(np.float32))].view(BFLOAT16)
+    assert len(nans) == 254
+    param = nans.copy() if where == "param" else np.ones(len(nans), BFLOAT16)
+    grad = np.ones(len(nans), grad_dtype)
+    if where == "grad":
+        grad[:] = nans.astype(grad_dtype)
+        if grad_dtype == np.float32:
+            grad.view(np.uint32)[:] |= 0xFFFF  # such as would carry over
+    optimizer = nadam.Nadam(0.1, use_ema=True, ema_overwrite_frequency=2, gradient_accumulation_steps=2)
+    for _ in range(6):
+        optimizer.apply([grad], [param])
+        if where == "param" or optimizer.iterations:
+            assert np.isnan(param.astype(np.float32)).all()
+
+
 def test_clipping_by_global_norm_shows_what_is_not_finite():
     params = [np.ones(2), np.ones(2)]
     nadam.Nadam(global_clipnorm=1.0).apply([np.array([np.inf, 1.0]), np.ones(2)], params)

@@ -61,6 +61,12 @@ def narrow_bfloat16(value):
 
 
 @njit(inline="always")
+def narrow_bfloat16_plain(value):
+    """As `narrow_bfloat16`, in three operations less, where a NaN ends in 16 zeros: then it does not carry over."""
+    return uint16(uint32(to_nearest_even(bits_of_float(value), 16) >> uint32(16)))
+
+
+@njit(inline="always")
 def widen_float16(bits):
     """IEEE half bits -> float32, exact: subnormals by the multiplication, infinity and NaN by their exponent."""
     magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))

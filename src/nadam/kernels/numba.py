@@ -14,7 +14,7 @@ from numba import float64, int64, njit
 
 from nadam.core import average, gradient, rule
 from nadam.core.rebind import rebind
-from nadam.kernels.formats import CASTS, FORMATS
+from nadam.kernels.formats import CASTS, FORMATS, narrow_bfloat16_plain
 from nadam.kernels.memory import PIECE, access, doubles, fetch_add, integers, pointer_to
 from nadam.kernels.spans import (
     ACCUMULATOR,
@@ -109,6 +109,9 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
     compute = COMPUTE_DTYPE[param_format]
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
     widen, narrow = FORMATS[param_format].widen, FORMATS[param_format].narrow
+    if param_format == grad_format == "bfloat16":
+        # Every NaN there can be is then a widened bfloat16's or the processor's own, and those end in zeros.
+        narrow = narrow_bfloat16_plain
     param_scratch, open_param, close_param = access(param_format)
     grad_scratch, open_grad, _ = access(grad_format)
     values = pointer_to(FORMATS[compute].storage)
