@@ -85,6 +85,8 @@ class Hyperparameters:
     momentum_decay: float = 1.0
     skip_nonfinite: bool = False
     spelling: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    # What `at` gives when nothing is computed; it is asked at every step.
+    _constant: Now | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in RANGES:
@@ -110,9 +112,8 @@ class Hyperparameters:
             ValueError: A value out of its range.
             TypeError: A value that is not a number.
         """
-        constant: Now | None = self._constant  # type: ignore[attr-defined]
-        if constant is not None:
-            return constant
+        if self._constant is not None:
+            return self._constant
         return Now(*(self._in_range(name, current(getattr(self, name), calls)) for name in Now._fields))
 
     def _spelt(self, name: str) -> str:

@@ -83,21 +83,22 @@ def share_out(kernel: Callable[[int, int], None], block: int, control: memoryvie
     """
     control[TICKET] = control[STOP] = 0
     if not helpers:
-        kernel(block, SLICE)
-        while control[TICKET] < chunks:
-            kernel(block, SLICE)
-        return
+        return _work_off(kernel, block, control, chunks)
     crew = _Crew(kernel, block)
     try:
         crew.call(helpers)
-        kernel(block, SLICE)
-        while control[TICKET] < chunks:
-            kernel(block, SLICE)
+        _work_off(kernel, block, control, chunks)
         crew.dismiss()
     except BaseException:
         control[STOP] = 1  # helpers end with the chunk that they are at
         crew.dismiss()
         raise
+
+
+def _work_off(kernel: Callable[[int, int], None], block: int, control: memoryview, chunks: int) -> None:
+    """Slice after slice until all chunks are drawn; in between, Python looks at signals."""
+    while control[TICKET] < chunks:
+        kernel(block, SLICE)
 
 
 class _Crew:

@@ -286,10 +286,10 @@ class Nadam(Settings):
             return
         with self._lock:
             parameters = self._parameters
-            chosen = range(len(parameters.entries))
+            chosen: Sequence[int] = range(len(parameters.entries))
             if variables is not None:
                 items = variables.items() if isinstance(variables, Mapping) else enumerate(variables)
-                chosen = [parameters.index_of(array, label) for label, array in items]  # type: ignore[assignment]
+                chosen = [parameters.index_of(array, label) for label, array in items]
             for i in chosen:
                 entry = parameters.entries[i]
                 entry.array[...] = entry.ema

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 from nadam.core.hyperparameters import Hyperparameters
@@ -11,6 +11,8 @@ from nadam.core.saving import from_config, to_config
 
 # What Keras calls the hyperparameters that have another name in `core`.
 SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
+# What a user sets; the rest of the dataclass takes no part in comparisons.
+_FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare)
 
 
 class _Setting:
@@ -56,10 +58,9 @@ class Settings:
             ValueError: A callable that cannot be saved.
         """
         config = {"name": self.name}
-        for field in Hyperparameters.__dataclass_fields__:
-            if field != "spelling":
-                name = SPELLING.get(field, field)
-                config[name] = to_config(name, getattr(self._hyper, field))
+        for field in _FIELDS:
+            name = SPELLING.get(field, field)
+            config[name] = to_config(name, getattr(self._hyper, field))
         return config
 
     @classmethod
@@ -73,5 +74,5 @@ class Settings:
         return cls(**{name: from_config(name, value, custom_objects) for name, value in config.items()})
 
     def __repr__(self) -> str:
-        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in Hyperparameters.__dataclass_fields__)
-        return f"{type(self).__name__}({', '.join(text for text in shown if not text.startswith('spelling='))})"
+        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in _FIELDS)
+        return f"{type(self).__name__}({', '.join(shown)})"
