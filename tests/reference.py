@@ -80,7 +80,8 @@ class Reference:
             self.m[j] = self.m[j] + (g - self.m[j]) * (1 - beta1)
             self.v[j] = self.v[j] + (g * g - self.v[j]) * (1 - beta2)
             ahead, here = following * self.m[j] / (1 - self.product * following), (1 - now) * g / (1 - self.product)
-            v_hat = np.sqrt(self.v[j] / (1 - beta2**t)) + s["epsilon"]
+            correction = -math.expm1(t * math.log(beta2)) if beta2 else 1.0  # 1 - beta2**t with all of its digits
+            v_hat = np.sqrt(self.v[j] / correction) + s["epsilon"]
             self.p[j] = self.p[j] - lr * (ahead + here) / v_hat
             ahead = following * largest / (1 - self.product * following)
             self.reach[j] = lr * (ahead + np.abs(here)) / v_hat

@@ -6,12 +6,17 @@ from typing import Any, NamedTuple
 class Averaging(NamedTuple):
     """What one update does to the average: scalars of this step."""
 
-    momentum: float  # what is kept of the old average: 0 on the first update, so that it starts at the parameter
-    weight: float  # 1 - momentum
-    overwrite: bool  # whether the parameter then takes the average's value
+    momentum: Any  # what is kept of the old average: 0 on the first update, so that it starts at the parameter
+    weight: Any  # 1 - momentum
+    overwrite: Any  # whether the parameter then takes the average's value
 
 
-def averaging(ema_momentum: float, overwrite_frequency: int | None, step: int) -> Averaging:
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """One of two values; an array library has its own (rebind.py)."""
+    return yes if condition else no
+
+
+def averaging(ema_momentum: float, overwrite_frequency: int | None, step: Any) -> Averaging:
     """How the average moves at an update.
 
     Args:
@@ -23,7 +28,7 @@ def averaging(ema_momentum: float, overwrite_frequency: int | None, step: int) -
         >>> averaging(0.75, overwrite_frequency=2, step=2)
         Averaging(momentum=0.75, weight=0.25, overwrite=True)
     """
-    momentum = 0.0 if step == 1 else ema_momentum
+    momentum = where(step == 1, 0.0, ema_momentum)
     return Averaging(momentum, 1.0 - momentum, overwrite_frequency is not None and step % overwrite_frequency == 0)
 
 

@@ -1,23 +1,31 @@
-"""Step number -> this step's scalars, in float64 on the host."""
+"""Step number -> this step's scalars: in float64 on the host, or traced, by the same lines with other globals."""
 
-from math import sqrt
-from typing import NamedTuple
+import math
+from math import expm1, sqrt
+from typing import Any, NamedTuple
 
 # Dozat's constant: momentum warms up as 1 - MOMENTUM_WARMUP**(step * momentum_decay) / 2.
 MOMENTUM_WARMUP = 0.96
+# A Python float or a traced scalar.
+Scalar = Any
+
+
+def log(x: float) -> float:
+    """The logarithm, with that of 0."""
+    return math.log(x) if x else -math.inf
 
 
 class Coefficients(NamedTuple):
     """The scalars of one step, in the order in which `core.rule.update` takes them after ``decay``."""
 
-    exp_avg_weight: float
-    exp_avg_sq_weight: float
-    exp_avg_step: float
-    grad_step: float
-    eps: float
+    exp_avg_weight: Scalar
+    exp_avg_sq_weight: Scalar
+    exp_avg_step: Scalar
+    grad_step: Scalar
+    eps: Scalar
 
 
-def momentum(beta1: float, momentum_decay: float, step: int) -> float:
+def momentum(beta1: Scalar, momentum_decay: float, step: Scalar) -> Scalar:
     """Momentum at a step: ``beta1 * (1 - 0.96**(step * momentum_decay) / 2)``.
 
     Args:
@@ -29,20 +37,19 @@ def momentum(beta1: float, momentum_decay: float, step: int) -> float:
         >>> momentum(0.9, momentum_decay=1.0, step=1)
         0.468
     """
-    warming: float = MOMENTUM_WARMUP ** (step * momentum_decay)
-    return beta1 * (1.0 - 0.5 * warming)
+    return beta1 * (1.0 - 0.5 * MOMENTUM_WARMUP ** (step * momentum_decay))
 
 
 def coefficients(
-    step: int,
+    step: Scalar,
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
     eps: float,
     momentum_decay: float,
-    momentum_product: float,
-) -> tuple[Coefficients, float]:
+    momentum_product: Scalar,
+) -> tuple[Coefficients, Scalar]:
     """This step's scalars and the new momentum product.
 
         momentum_product *= momentum
@@ -70,7 +77,7 @@ def coefficients(
         >>> c, product = coefficients(
         ...     1, lr=0.5, beta1=0.9, beta2=0.75, eps=1e-7, momentum_decay=1.0, momentum_product=1.0
         ... )
-        >>> round(c.exp_avg_weight, 6), c.eps, product
+        >>> round(c.exp_avg_weight, 6), round(c.eps, 9), product
         (0.1, 5e-08, 0.468)
 
     Reference:
@@ -79,7 +86,7 @@ def coefficients(
     now = momentum(beta1, momentum_decay, step)
     following = momentum(beta1, momentum_decay, step + 1)
     product = momentum_product * now
-    root = sqrt(1.0 - beta2**step)
+    root = sqrt(-expm1(step * log(beta2)))  # of 1 - beta2**step, which in float32 would lose its digits
     return (
         Coefficients(
             exp_avg_weight=1.0 - beta1,

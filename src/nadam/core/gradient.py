@@ -3,8 +3,9 @@
 Unscaling and clipping by norm are one multiplier, ``grad_factor``, which the pass applies as it loads the gradient.
 """
 
+import sys
 from enum import Enum
-from math import hypot, isfinite, nan
+from math import hypot
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Check(Enum):
 
 # Of floats, these keep a NaN that comes first; each compiler has its own (rebind.py), which must too.
 minimum, maximum = min, max
+TINY = sys.float_info.min  # the smallest norm that may be divided by
 
 
 def limit(grad: Any, clipvalue: Any) -> Any:
@@ -30,7 +32,7 @@ def limit(grad: Any, clipvalue: Any) -> Any:
     return maximum(minimum(grad, clipvalue), -clipvalue)
 
 
-def clip_factor(norm: float, clipnorm: float) -> float:
+def clip_factor(norm: Any, clipnorm: float) -> Any:
     """The multiplier that brings a gradient of this norm to at most ``clipnorm``.
 
     Args:
@@ -41,10 +43,10 @@ def clip_factor(norm: float, clipnorm: float) -> float:
         >>> clip_factor(norm=4.0, clipnorm=1.0), clip_factor(norm=0.5, clipnorm=1.0)
         (0.25, 1.0)
     """
-    return norm if norm != norm else (clipnorm / norm if norm > clipnorm else 1.0)
+    return minimum(clipnorm / maximum(norm, TINY), 1.0)
 
 
-def global_clip_factor(norm: float, clipnorm: float) -> float:
+def global_clip_factor(norm: Any, clipnorm: float) -> Any:
     """As `clip_factor`, for the norm of all gradients together.
 
     An infinity or NaN in one gradient makes every parameter NaN, as in Keras: silence would hide it.
@@ -53,7 +55,7 @@ def global_clip_factor(norm: float, clipnorm: float) -> float:
         >>> global_clip_factor(norm=float("inf"), clipnorm=1.0)
         nan
     """
-    return clip_factor(norm, clipnorm) if isfinite(norm) else nan
+    return clip_factor(norm, clipnorm) + (norm - norm)
 
 
 def total_norm(norms: list[float]) -> float:

@@ -12,7 +12,7 @@ from nadam.core.average import averaging
 from nadam.core.clock import Clock
 from nadam.core.coefficients import coefficients
 from nadam.core.gradient import Check, clip_factor, global_clip_factor, total_norm
-from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.hyperparameters import Hyperparameters, Now
 
 if TYPE_CHECKING:
     from nadam.kernels.plan import Plan
@@ -39,11 +39,14 @@ class StepReport(NamedTuple):
     skipped: bool = False
 
 
-def step(h: Hyperparameters, clock: Clock, plan: Plan, *, loss_scale: float, must_be_finite: bool) -> StepReport:
+def step(
+    h: Hyperparameters, now: Now, clock: Clock, plan: Plan, *, loss_scale: float, must_be_finite: bool = False
+) -> StepReport:
     """Do one call: an update, or one more gradient for the accumulators.
 
     Args:
         h: What the user set.
+        now: What of it this call uses.
         clock: How far the run is; advanced.
         plan: The tensors that have a gradient, and the passes over them.
         loss_scale: What the gradients are divided by.
@@ -51,12 +54,8 @@ def step(h: Hyperparameters, clock: Clock, plan: Plan, *, loss_scale: float, mus
 
     Returns:
         What it did.
-
-    Raises:
-        ValueError: A hyperparameter computed out of range; nothing was changed.
     """
     calls, commit = clock.calls, clock.commitment
-    now = h.at(calls)
     accumulation_steps = h.gradient_accumulation_steps or 1
     accumulating = accumulation_steps > 1
     updates, position = divmod(calls, accumulation_steps)

@@ -23,6 +23,7 @@ class Group(NamedTuple):
     table: Table
     members: NDArray[np.int64]
     decays: NDArray[np.float64]  # 1, or 0 for a tensor that is excluded from weight decay
+    averaged: bool = True  # whether the pass keeps the moving average, or the host does after it
 
 
 class Plan:
@@ -48,7 +49,7 @@ class Plan:
             The norm of each tensor, finite where its values are; and whether all values pass the check.
         """
         norms = np.empty(len(self.members))
-        for table, members, _ in self.groups:
+        for table, members, *_ in self.groups:
             largest = sqrt(table.largest) if check is Check.SQUARES_FINITE else table.largest
             counting = check is not Check.NOTHING and accumulated
             sums, outside = table.measure(unscale, accumulated, largest if counting else None)
@@ -67,7 +68,7 @@ class Plan:
 
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""
-        for table, _, _ in self.groups:
+        for table, *_ in self.groups:
             table.accumulate(unscale, commit)
 
     def update(
@@ -92,7 +93,8 @@ class Plan:
             averaging: How the moving average moves; None where there is none.
             commit: The counters before and after.
         """
-        for table, members, decays in self.groups:
+        for table, members, decays, averaged in self.groups:
             same = isinstance(grad_factors, float)
             table.set_multipliers(grad_factors if same else np.take(grad_factors, members).tolist(), decay, decays)
-            table.update(c, unscale=unscale, clipvalue=clipvalue, averaging=averaging, commit=commit)
+            moving = averaging if averaged else None
+            table.update(c, unscale=unscale, clipvalue=clipvalue, averaging=moving, commit=commit)

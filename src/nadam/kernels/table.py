@@ -31,11 +31,14 @@ class Table:
     """Tensors with one parameter format and one gradient format, cut into chunks, and the passes over them.
 
     Not for two threads at once. The arguments of its kernels live in buffers that it reuses, so that a step allocates
-    nothing.
+    nothing. ``default_threads`` tells how many threads a framework uses, where nobody asks for another number.
     """
 
-    def __init__(self, param_format: str, grad_format: str, tensors: Tensors) -> None:
+    def __init__(
+        self, param_format: str, grad_format: str, tensors: Tensors, default_threads: Callable[[], int] | None = None
+    ) -> None:
         self.param_format, self.grad_format = param_format, grad_format
+        self._default_threads = default_threads
         self.rows, self.sizes, self.keep = tensors
         self.compute = spans.COMPUTE_DTYPE[param_format]
         self.chunks = spans.spans(self.sizes)
@@ -73,7 +76,7 @@ class Table:
         if commit is not None and commit is not self._commits.get(name):
             clock, advanced = self._commits[name] = commit
             block[0][spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
-        helpers = min(get_num_threads(), len(self.chunks)) - 1 if self._worth_sharing else 0
+        helpers = min(get_num_threads(self._default_threads), len(self.chunks)) - 1 if self._worth_sharing else 0
         share_out(kernel, block[1], self._shared, len(self.chunks), helpers)
 
     def measure(

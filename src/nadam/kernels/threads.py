@@ -24,17 +24,17 @@ _pool_size = 0
 _requested: int | None = None
 
 
-def get_num_threads() -> int:
+def get_num_threads(default: Callable[[], int] | None = None) -> int:
     """Number of threads that a pass may use, the calling one included.
 
     What `set_num_threads` asked for, else the environment's NUMBA_NUM_THREADS, else the CPUs that this process may run
-    on.
+    on; for the tensors of a framework that has such a setting, its number of threads instead of those two.
 
     Example:
         >>> get_num_threads() >= 1
         True
     """
-    return _requested if _requested is not None else _default_num_threads()
+    return _requested if _requested is not None else (default or _default_num_threads)()
 
 
 def set_num_threads(count: int | None) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
+from nadam.core.settings import SPELLING, Settings
 from nadam.core.step import StepReport, step
 from nadam.numpy.parameters import Exclusion, Parameters
-from nadam.numpy.settings import SPELLING, Settings
 
 Number = float | Callable[[], float]
 
@@ -252,11 +252,14 @@ class Nadam(Settings):
                         "variables: expected the arrays to train, on the first call or in build() before it"
                     )
                 parameters = self._prepared(variables)
+            now = self._hyper.at(parameters.clock.calls)
             plan, _held = parameters.plan(grads, variables)
             self._parameters = parameters
             self._busy = True
             try:
-                report = step(self._hyper, parameters.clock, plan, loss_scale=loss_scale, must_be_finite=must_be_finite)
+                report = step(
+                    self._hyper, now, parameters.clock, plan, loss_scale=loss_scale, must_be_finite=must_be_finite
+                )
             finally:
                 self._busy = False
             self.last_step = report

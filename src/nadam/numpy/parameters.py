@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-# Large arrays begin at the same place of a memory page and, of equal size, lie at equal distances: reading all of them
-# at once then means the same few banks of memory in turn, up to twice as slow. State that is shifted by this does not.
-LARGE, SHIFT = 1 << 22, (1 << 16) + 64
 # Plans for different sets of gradients that are kept, as for a model whose halves are trained in turn.
 PLANS_KEPT = 8
 
@@ -41,6 +38,7 @@ class Exclusion:
 def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
     """Zeros for a parameter's state: dense, in its axis order, and where large, shifted by a number of SHIFTs."""
     from nadam.kernels.layouts import axis_order
+    from nadam.kernels.rows import LARGE, SHIFT
 
     like = np.empty_like(array, dtype, subok=False)
     if like.nbytes < LARGE:

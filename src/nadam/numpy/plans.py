@@ -52,10 +52,9 @@ class ArrayPlan:
     def __init__(
         self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
     ) -> None:
-        from nadam.kernels import spans
-        from nadam.kernels.layouts import Headers, axis_order, headers_readable, layout
-        from nadam.kernels.plan import Group, Plan
-        from nadam.kernels.table import Table, Tensors, address
+        from nadam.kernels.layouts import Headers, headers_readable
+        from nadam.kernels.plan import Plan
+        from nadam.kernels.rows import Memory, groups
 
         for entry in entries:
             _check_unchanged(entry)
@@ -64,36 +63,21 @@ class ArrayPlan:
         ]
         owners = [array for entry in entries for array in (entry.array, *entry.state.values())]
         check_apart(arrays, owners, labels)
-        groups: dict[tuple[str, str], list[int]] = {}
-        for i, (entry, grad) in enumerate(zip(entries, arrays, strict=True)):
-            groups.setdefault((FORMATS[entry.array.dtype.name], FORMATS[grad.dtype.name]), []).append(i)
-        self._checks: list[tuple[NDArray[np.int64], Headers]] = []
+        tensors = []
+        for e, grad in zip(entries, arrays, strict=True):
+            formats = FORMATS[e.array.dtype.name], FORMATS[grad.dtype.name]
+            tensors.append(Memory(*formats, e.array, grad, e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator, e.decays))
+        made = groups(tensors, keep=(entries, arrays))
         self._count = len(entries)
         self._types = {type(grad) for grad in grads}
         # Only what the kernels use in place can be swapped for another array that lies alike.
         self.reusable = headers_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
-        tables = []
-        for (param_format, grad_format), indices in groups.items():
-            rows = np.zeros((len(indices), spans.COLUMNS), np.int64)
-            sizes, layouts = [], []
-            for row, i in zip(rows, indices, strict=True):
-                entry, grad = entries[i], arrays[i]
-                order = axis_order(entry.exp_avg)
-                layouts += [layout(entry.array, order), layout(grad, order)]
-                row[spans.PARAM], row[spans.GRAD] = address(entry.array), address(grad)
-                row[spans.EXP_AVG], row[spans.EXP_AVG_SQ] = address(entry.exp_avg), address(entry.exp_avg_sq)
-                row[spans.EMA] = 0 if entry.ema is None else address(entry.ema)
-                row[spans.ACCUMULATOR] = 0 if entry.accumulator is None else address(entry.accumulator)
-                row[spans.PARAM_LAYOUT], row[spans.GRAD_LAYOUT] = address(layouts[-2]), address(layouts[-1])
-                sizes.append(entry.array.size * (2 if entry.array.dtype.kind == "c" else 1))
-            mine = [entries[i] for i in indices]
-            table = Table(param_format, grad_format, Tensors(rows, sizes, (mine, layouts, arrays)))
-            which = np.array(indices, np.int64)
-            tables.append(Group(table, which, np.array([float(entry.decays) for entry in mine])))
-            if self.reusable:
-                headers = Headers([e.array for e in mine], [arrays[i] for i in indices], rows, owners)
-                self._checks.append((which, headers))
-        self.plan = Plan(tables, members)
+        self._checks: list[tuple[NDArray[np.int64], Headers]] = []
+        for group in made if self.reusable else []:
+            chosen = [tensors[i] for i in group.members]
+            headers = Headers([t.param for t in chosen], [t.grad for t in chosen], group.table.rows, owners)
+            self._checks.append((group.members, headers))
+        self.plan = Plan(made, members)
         # Whoever does the step holds the gradients meanwhile; afterwards they are not ours to keep.
         if self.reusable:
             arrays.clear()

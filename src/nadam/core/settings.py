@@ -1,4 +1,4 @@
-"""The hyperparameters of Nadam as attributes, and as a config."""
+"""The hyperparameters of Nadam as attributes under Keras's names, and as a config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Setting:
         return self if optimizer is None else getattr(optimizer._hyper, self._field)
 
     def __set__(self, optimizer: Any, value: Any) -> None:
-        if self._fixed and optimizer.built:
+        if self._fixed and getattr(optimizer, "built", False):
             raise ValueError(f"{self._field}={value!r}: can be set only before the optimizer is built")
         optimizer._hyper = replace(optimizer._hyper, **{self._field: value})
 
