@@ -40,12 +40,14 @@ class Slot(NamedTuple):
 
 
 def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
-    """A tensor's values where they do not lie in step with its parameter's: shifted by a number of SHIFTs, if large."""
+    """A tensor's values, contiguous, where they do not lie in step with its parameter's: shifted by ``place`` SHIFTs.
+
+    Small ones are not shifted.
+    """
     if tensor.nbytes < LARGE:
-        return tensor
+        return tensor.contiguous()
     offset = place * SHIFT // tensor.itemsize
-    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
-    return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+    return torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view(tensor.shape).copy_(tensor)
 
 
 class TensorPlan:

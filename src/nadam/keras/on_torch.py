@@ -1,0 +1,171 @@
+"""Keras on PyTorch: on the CPU the one-pass kernel, on the variables' own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from keras.ops import convert_to_tensor
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from torch.autograd.graph import increment_version
+
+from nadam.core.average import averaging
+from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED, Clock
+from nadam.core.step import StepReport, step
+from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
+from nadam.keras.backends import Backend, Optimizer
+from nadam.keras.slots import checked_gradient
+from nadam.kernels import tensors
+from nadam.kernels.arrays import mathematics
+
+# Plans for different sets of variables that are kept, as for a model whose halves are trained in turn.
+PLANS_KEPT = 8
+
+
+class Call:
+    """The plan for one set of variables, and what of them Python has to do after the pass."""
+
+    def __init__(self, optimizer: Optimizer, members: Sequence[int], grads: Sequence[torch.Tensor]) -> None:
+        slots = [optimizer._runtime.slots[i] for i in members]
+        self.constrained = [slot for slot in slots if slot.variable.constraint is not None]
+        rows = []
+        for slot in slots:
+            for variable in slot[1:5]:
+                if variable is not None and not variable._value.is_contiguous():
+                    variable._value.data = variable._value.data.contiguous()
+            state = [None if v is None else v._value for v in slot[:5]]
+            rows.append(tensors.Slot._make([slot.variable.path, *state, slot.decays, slot.variable.constraint is None]))
+        self.values = [row.param for row in rows]
+        self.plan = tensors.TensorPlan(rows, grads, members)
+        self.kept: Any = None  # gradients that are copies of the caller's
+
+
+class TorchBackend(Backend):
+    """The kernel wherever everything lies in the CPU's memory; else arrays."""
+
+    def built(self, optimizer: Optimizer) -> None:
+        slots = optimizer._runtime.slots
+        for slot in slots:
+            for place, variable in enumerate(slot[1:5], 1):
+                if variable is not None and variable._value.is_cpu:
+                    variable._value.data = tensors.shifted(variable._value.data, place)
+        self._renew(optimizer)
+
+    @staticmethod
+    def _renew(optimizer: Optimizer) -> None:
+        runtime = optimizer._runtime
+        runtime.clock = Clock(len(runtime.slots))
+        everything = [v for slot in runtime.slots for v in slot[:5] if v is not None]
+        runtime.on_cpu = all(v._value.is_cpu for v in everything)
+
+    def finish(self, cls: type) -> None:
+        cls.apply = torch.compiler.disable(cls.apply)  # type: ignore[attr-defined]
+
+    def step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
+        runtime = optimizer._runtime
+        with torch.no_grad():
+            if runtime.clock is None:
+                self._renew(optimizer)
+            if runtime.on_cpu and not in_stateless_scope():  # there a variable's value is not its own
+                self._kernel_step(optimizer, members, grads)
+            else:
+                self.eager_step(optimizer, members, grads)
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Bring the counters among the variables up to the clock, which the kernel itself advances.
+
+        Where an interrupt keeps a step from doing so, whoever looks at the variables next does it.
+        """
+        runtime = optimizer._runtime
+        if runtime.unsettled and runtime.clock is not None:
+            with torch.no_grad():
+                optimizer._iterations._value.fill_(runtime.clock.calls)
+                optimizer._momentum_product._value.fill_(runtime.clock.momentum_product)
+                if optimizer.skip_nonfinite:
+                    optimizer._report._value[SKIPPED_STEPS] = runtime.clock.skipped
+            runtime.unsettled = False
+
+    def _kernel_step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
+        h, runtime = optimizer._hyper, optimizer._runtime
+        self.settle(optimizer)
+        clock, count = runtime.clock, int(optimizer._iterations._value)
+        now = optimizer._now(count)
+        product = float(optimizer._momentum_product._value)
+        clock.now[CALLS], clock.now[MOMENTUM_PRODUCT], clock.now[SKIPPED] = count, product, self._skipped(optimizer)
+        steps = h.gradient_accumulation_steps
+        if steps is not None and (count + 1) % steps == 0 and len(members) < len(runtime.slots):
+            members, grads = _with_owed(runtime.slots, members, grads)
+        call = _call_for(optimizer, members, grads)
+        runtime.unsettled = True
+        try:
+            report = step(h, now, clock, call.plan.plan, loss_scale=h.loss_scale_factor or 1.0)
+        finally:
+            self.settle(optimizer)
+            increment_version(call.values)
+        updated = not report.skipped and (steps is None or (count + 1) % steps == 0)
+        if updated:
+            _constrain(optimizer, call, report)
+        if h.skip_nonfinite:
+            optimizer._report.assign([report.grad_norm or 0.0, report.clip_factor or 0.0, report.skipped_steps])
+        runtime.note(clock.calls, report)
+
+
+def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> Call:
+    plans = optimizer._runtime.plans
+    key = len(members) if isinstance(members, range) else tuple(members)
+    known: Call | None = plans.get(key)
+    if known is not None and known.plan.fits(grads):
+        return known
+    slots = optimizer._runtime.slots
+    kept = [_checked(slots[i].variable, grad) for i, grad in zip(members, grads, strict=True)]
+    if len(plans) >= PLANS_KEPT:
+        plans.clear()
+    made = Call(optimizer, members, kept)
+    if all(k is g for k, g in zip(kept, grads, strict=True)):
+        plans[key] = made
+    else:
+        made.kept = kept
+    return made
+
+
+def _checked(variable: Any, given: Any) -> torch.Tensor:
+    """A gradient as the kernels take it: itself wherever it can be."""
+    grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(copied(given))
+    if not grad.is_cpu:
+        raise RuntimeError(f"grads[{variable.path!r}]: on {grad.device}, expected that of its variable, cpu")
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    checked_gradient(variable, grad)
+    return grad.resolve_neg() if grad.dtype in tensors.FORMATS else grad.to(torch.float32)
+
+
+def copied(given: Any) -> Any:
+    """A NumPy array in memory that PyTorch takes: writable and without negative strides."""
+    return given.copy() if isinstance(given, np.ndarray) else given
+
+
+def _with_owed(slots: Any, members: Sequence[int], grads: list[Any]) -> tuple[list[int], list[Any]]:
+    """With those variables that had a gradient earlier in this window: it counts as zero now."""
+    members, grads = list(members), list(grads)
+    for i in sorted(set(range(len(slots))) - set(members)):
+        accumulator = slots[i].accumulator
+        if slots[i].exp_avg is not None and bool(accumulator._value.any()):
+            members.append(i)
+            grads.append(torch.zeros((), dtype=accumulator._value.dtype).expand(accumulator._value.shape))
+    return members, grads
+
+
+def _constrain(optimizer: Optimizer, call: Call, report: StepReport) -> None:
+    """Constraints, then the moving average of what they leave."""
+    h = optimizer._hyper
+    m = mathematics(torch)
+    for slot in call.constrained:
+        slot.variable.assign(slot.variable.constraint(slot.variable.value))
+        if slot.ema is not None:
+            moving = averaging(h.ema_momentum, h.ema_overwrite_frequency, report.step)
+            ema, param = slot.ema._value, slot.variable._value
+            ema.copy_(m.average(ema, param.to(ema.dtype), moving.momentum, moving.weight))
+            if moving.overwrite:
+                param.copy_(ema)

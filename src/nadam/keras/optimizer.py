@@ -1,0 +1,373 @@
+"""Nadam for Keras 3: the documented optimizer, one class for all backends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import keras
+from keras import saving
+
+from nadam.core.hyperparameters import Hyperparameters, Now, current
+from nadam.core.settings import SPELLING, Settings
+from nadam.core.step import StepReport
+from nadam.keras import calls, slots, state
+from nadam.keras.backends import Runtime, backend
+from nadam.keras.slots import compute_dtype, path_of
+
+Number = float | Callable[[], float]
+LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+_UNCHANGED = {"momentum_decay": 1.0, "skip_nonfinite": False}  # what a config leaves out: Keras's own has no such thing
+
+
+@saving.register_keras_serializable(package="nadam")
+class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
+    """Adam with Nesterov momentum, a drop-in for keras.optimizers.Nadam.
+
+        exp_avg    += (grad - exp_avg) * (1 - beta_1)
+        exp_avg_sq += (grad**2 - exp_avg_sq) * (1 - beta_2)
+        variable   -= learning_rate * m_hat / (sqrt(exp_avg_sq / (1 - beta_2**t)) + epsilon)
+
+    where ``m_hat`` looks one step ahead along the momentum, which warms up (core/coefficients.py). Half-precision
+    variables are computed in float32 and have float32 moments.
+
+    Args:
+        learning_rate: A number >= 0; a keras.optimizers.schedules.LearningRateSchedule, called with the number of
+            calls so far; or a callable of no arguments, called at every step.
+        beta_1: Decay rate of the first moment, in [0, 1); or a callable of no arguments.
+        beta_2: Decay rate of the second moment, likewise.
+        epsilon: Added outside the square root of the bias-corrected second moment, >= 0.
+        weight_decay: Decoupled: ``variable -= learning_rate * weight_decay * variable``. None for none.
+        clipnorm: Largest norm of each gradient, > 0. At most one of the three clips is set.
+        clipvalue: Largest magnitude of each element of a gradient, > 0.
+        global_clipnorm: Largest norm of all gradients together, > 0.
+        use_ema: Whether to keep a moving average of the variables.
+        ema_momentum: Share of the old average that an update keeps, in [0, 1].
+        ema_overwrite_frequency: Every so many updates the variables take their averages; None for never.
+        loss_scale_factor: What `scale_loss` multiplies by and a step divides the gradients by, > 0.
+        gradient_accumulation_steps: Update at every so many calls, with the mean of their gradients; at least 2, or
+            None.
+        name: Of the optimizer.
+        momentum_decay: How fast the momentum warms up, >= 0: 1 is Keras, 0.004 PyTorch, infinity optax.
+        skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
+            nothing but ``last_step.skipped_steps``.
+        **kwargs: None is known.
+
+    Raises:
+        ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
+        TypeError: A value that is not a number.
+
+    Example:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile(Nadam(0.01, use_ema=True), loss="mse")
+
+    Reference:
+        Dozat (2016), Incorporating Nesterov Momentum into Adam.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: Number = 0.9,
+        beta_2: Number = 0.999,
+        epsilon: float = 1e-7,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "nadam",
+        *,
+        momentum_decay: float = 1.0,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            raise ValueError(f"{next(iter(kwargs))}: not an argument of {type(self).__name__}")
+        hyper = Hyperparameters(
+            lr=_plain(learning_rate),
+            beta1=_plain(beta_1),
+            beta2=_plain(beta_2),
+            eps=epsilon,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            momentum_decay=momentum_decay,
+            skip_nonfinite=skip_nonfinite,
+            spelling=SPELLING,
+        )
+        object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
+        super().__init__(
+            learning_rate=hyper.lr if callable(hyper.lr) else 0.0,
+            weight_decay=hyper.weight_decay,
+            clipnorm=hyper.clipnorm,
+            clipvalue=hyper.clipvalue,
+            global_clipnorm=hyper.global_clipnorm,
+            use_ema=hyper.use_ema,
+            ema_momentum=hyper.ema_momentum,
+            ema_overwrite_frequency=hyper.ema_overwrite_frequency,
+            loss_scale_factor=hyper.loss_scale_factor,
+            gradient_accumulation_steps=hyper.gradient_accumulation_steps,
+            name=name,
+        )
+        if not callable(hyper.lr):
+            self._learning_rate = self._new_learning_rate(hyper.lr)
+        self._runtime = Runtime()
+
+    def _new_learning_rate(self, value: float) -> Any:
+        """A variable for the learning rate, in place of Keras's, which has half precision where everything has."""
+        if isinstance(self._learning_rate, keras.Variable):
+            self._untrack_variable(self._learning_rate)
+        dtype = compute_dtype(keras.config.floatx())
+        initializer = keras.initializers.Constant(value)
+        return self.add_variable((), initializer, dtype, aggregation="only_first_replica", name="learning_rate")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """For a setting, the value of a variable: Keras would take the variable itself for one of the optimizer's."""
+        is_setting = isinstance(value, keras.Variable) and hasattr(type(self), name)
+        super().__setattr__(name, _plain(value) if is_setting else value)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the next call; settable unless it is a schedule's."""
+        if isinstance(self._learning_rate, (keras.Variable, LearningRateSchedule)):
+            return self._get_current_learning_rate()
+        return current(self._learning_rate, int(self._iterations.numpy()))
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        if callable(value) and not isinstance(value, keras.Variable):
+            if isinstance(self._learning_rate, keras.Variable):
+                self._untrack_variable(self._learning_rate)
+            self._learning_rate = value
+            return
+        if isinstance(self._learning_rate, LearningRateSchedule):
+            raise TypeError(
+                f"learning_rate={value!r}: not settable, since it follows {self._learning_rate!r}; set a schedule"
+            )
+        if not backend.is_traced(value):
+            value = Hyperparameters(lr=_plain(value), spelling=SPELLING).lr
+        if not isinstance(self._learning_rate, keras.Variable):
+            raise TypeError(f"learning_rate={value!r}: not settable, since it is what {self._learning_rate!r} gives")
+        self._learning_rate.assign(value)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The optimizer's variables in Keras's order.
+
+        iteration, learning_rate (absent for a schedule or callable), averages, accumulators, per variable first and
+        second moment, momentum product; last, with ``skip_nonfinite``, what the last step reports.
+        """
+        backend.settle(self)
+        return list(super().variables)
+
+    @property
+    def iterations(self) -> Any:
+        """Updates so far: calls, divided by ``gradient_accumulation_steps``."""
+        backend.settle(self)
+        return super().iterations
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last call did; None before the first.
+
+        Out of a compiled step of JAX or TensorFlow come only the optimizer's variables: norm and clip factor are then
+        None, unless ``skip_nonfinite`` is set, which gives them a variable.
+        """
+        return backend.last_step(self)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Create the optimizer's variables.
+
+        Args:
+            variables: What it is to train, of float16, bfloat16, float32 or float64.
+
+        Raises:
+            TypeError: A variable of another dtype.
+            ValueError: The same variable twice; state that was loaded before and is not that of these variables.
+        """
+        if getattr(self, "built", False):
+            return
+        with self._runtime.lock:
+            if not self.built:  # by another thread meanwhile
+                self._build(list(variables))
+
+    def _build(self, variables: list[Any]) -> None:
+        with backend.building():
+            created, self._momentum_product = slots.create(self, variables)
+            if self.skip_nonfinite:
+                self._report = self.add_variable((3,), "zeros", self._momentum_product.dtype, name="report")
+        self._runtime.slots = created
+        self._runtime.overwritten = any(slot.exp_avg is None for slot in created)
+        kept: dict[str, Any] = {
+            "_trainable_variables": variables,
+            "_trainable_variables_indices": {self._var_key(v): i for i, v in enumerate(variables)},
+            "_momentums": [slot.exp_avg for slot in created],
+            "_velocities": [slot.exp_avg_sq for slot in created],
+        }
+        if self.use_ema:
+            kept["_model_variables_moving_average"] = [slot.ema for slot in created]
+        if self.gradient_accumulation_steps:
+            kept["_accumulated_gradients"] = [slot.accumulator for slot in created]
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)  # Keras need not look into these: it has the variables already
+        backend.built(self)
+        self.built = True
+        pending, self._runtime.pending = self._runtime.pending, None
+        if pending is not None:
+            with backend.building():
+                state.load(self, pending)
+
+    @property
+    def _u_product(self) -> Any:
+        """Keras's name for the momentum product."""
+        return self._momentum_product
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Leave variables out of weight decay; each call adds to the ones before. Only before `build`.
+
+        Args:
+            var_list: Variables.
+            var_names: Regular expressions; a variable in whose path one is found is left out.
+
+        Raises:
+            ValueError: The optimizer is built, or a pattern is no regular expression.
+            TypeError: A string instead of a list.
+
+        Example:
+            >>> optimizer = Nadam(weight_decay=0.01)
+            >>> optimizer.exclude_from_weight_decay(var_names=["bias", "norm"])
+        """
+        if self.built:
+            raise ValueError("exclude_from_weight_decay: can be called only before the optimizer is built")
+        if isinstance(var_names, str):
+            raise TypeError(f"var_names={var_names!r}: expected a list of strings")
+        names = tuple(var_names or ())
+        for pattern in names:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"var_names: {pattern!r} is no regular expression: {error}") from None
+        self._runtime.excluded += var_list if var_list is not None else ()
+        self._runtime.excluded_patterns += names
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        runtime, path = self._runtime, path_of(variable)
+        keys = runtime.excluded_keys.union(map(self._var_key, runtime.excluded))
+        return self._var_key(variable) not in keys and not any(
+            re.search(pattern, path) for pattern in runtime.excluded_patterns
+        )
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Do one step.
+
+        Args:
+            grads: One gradient per variable, of its shape; None for a variable that is not to move. Left as found.
+            trainable_variables: The variables they belong to; needed on the first call, unless `build` was called.
+
+        Raises:
+            ValueError: Another count or shape of gradients, no gradient at all, a variable that the optimizer does not
+                know or that comes twice, a hyperparameter computed out of range. In each case nothing has changed.
+            TypeError: A complex gradient.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if not self.built and trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            self.build(trainable_variables)
+        members, grads = calls.paired(self, grads, trainable_variables)
+        with backend.alone(self):
+            if self._runtime.overwritten:
+                calls.step_and_overwrite(self, members, grads)
+            else:
+                backend.step(self, members, grads)
+
+    def _now(self, count: Any) -> Now:
+        return calls.now(self, count)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Set variables to their moving averages; with ``use_ema=False``, or before the first update, nothing happens.
+
+        Args:
+            var_list: Which.
+        """
+        if not (self.use_ema and self.built) or int(self._iterations.numpy()) < (self.gradient_accumulation_steps or 1):
+            return
+        self._check_variables_are_known(var_list)
+        for variable in var_list:
+            slot = self._runtime.slots[self._get_variable_index(variable)]
+            if slot.ema is not None:
+                backend.copy(self, slot.ema, variable)
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: Sequence[Any]) -> None:
+        self.finalize_variable_values(trainable_variables)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the state into a store of Keras: what keras.optimizers.Nadam writes, each array labelled."""
+        state.save(self, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the state from a store of Keras, of this class or keras.optimizers.Nadam.
+
+        Before `build` it is kept until then.
+
+        Raises:
+            ValueError: The state is another optimizer's, of other variables or arguments, or damaged; it says what is
+                wrong, and nothing has changed.
+        """
+        state.load_or_keep(self, store)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as values that Keras can save.
+
+        ``momentum_decay`` and ``skip_nonfinite`` are left out where they are what keras.optimizers.Nadam does: it then
+        takes the config as well.
+        """
+        rate = self._learning_rate
+        config = super(Settings, self).get_config()
+        config["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else _serialized(rate)
+        config.update({"beta_1": _serialized(self.beta_1), "beta_2": _serialized(self.beta_2), "epsilon": self.epsilon})
+        ours = {name: getattr(self, name) for name in _UNCHANGED}
+        return {**config, **{name: value for name, value in ours.items() if value != _UNCHANGED[name]}}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer made from what `get_config`, here or of keras.optimizers.Nadam, gave."""
+        made = dict(config)
+        for name in ("learning_rate", "beta_1", "beta_2"):
+            if isinstance(made.get(name), dict):
+                made[name] = saving.deserialize_keras_object(made[name], custom_objects=custom_objects)
+        return cls(**made)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}, {len(self._runtime.slots)} variables>"
+
+
+Nadam.__module__ = "nadam.keras"  # where a saved model finds it
+backend.finish(Nadam)
+
+
+def _plain(value: Any) -> Any:
+    """A variable's or tensor's value as NumPy has it; anything else as it is."""
+    if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value)
+    return value
+
+
+def _serialized(value: Any) -> Any:
+    return saving.serialize_keras_object(value) if callable(value) else value
