@@ -1,0 +1,8 @@
+"""The Keras host's tests run on the backend that KERAS_BACKEND names, each in a process of its own."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
