@@ -265,3 +265,18 @@ def test_the_state_of_half_precision_variables_stays_float32(dtype, tmp_path):  
     assert model.trainable_variables[0].dtype == dtype
     assert {str(v.dtype) for v in other.optimizer._momentums + other.optimizer._velocities} == {"float32"}
     assert same(everything(other), everything(model))
+
+
+def test_what_does_not_decay_stays_so_in_a_file(tmp_path):
+    optimizer = Nadam(0.1, weight_decay=0.5)
+    model = small_model(optimizer, build=False)
+    optimizer.exclude_from_weight_decay(var_list=[model.layers[0].kernel], var_names=["bias"])
+    optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "a.keras")
+    loaded = keras.saving.load_model(tmp_path / "a.keras")
+    decays = [[m.optimizer._use_weight_decay(v) for v in m.trainable_variables] for m in (model, loaded)]
+    assert decays == [[False, False, True, False]] * 2
+    assert [slot.decays for slot in loaded.optimizer._runtime.slots] == decays[0]
+    assert keras.optimizers.Nadam.from_config(Nadam(0.1).get_config()).get_config()["learning_rate"] == pytest.approx(
+        0.1
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from nadam.keras.optimizer import Nadam
+from nadam.keras.optimizer import EXCLUDED, Nadam
 from nadam.keras.state import product_after
 
 Optimizer = Any
@@ -73,6 +73,7 @@ def _converted(optimizer: Optimizer, source: Any, target: Any) -> Optimizer:
     unknown = sorted({"momentum_decay", "skip_nonfinite"} & set(config))
     if target is not Nadam and unknown:
         raise ValueError(f"{unknown[0]}={config[unknown[0]]!r}: keras.optimizers.Nadam has no such setting")
+    config.pop(EXCLUDED, None)
     converted = target.from_config(config)
     _copy_exclusions(optimizer, converted)
     if optimizer.built:

@@ -18,6 +18,7 @@ from nadam.keras.slots import compute_dtype, path_of
 
 Number = float | Callable[[], float]
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+EXCLUDED = "excluded_from_weight_decay"  # in a config: patterns
 _UNCHANGED = {"momentum_decay": 1.0, "skip_nonfinite": False}  # what a config leaves out: Keras's own has no such thing
 
 
@@ -335,15 +336,17 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that Keras can save.
 
-        ``momentum_decay`` and ``skip_nonfinite`` are left out where they are what keras.optimizers.Nadam does: it then
-        takes the config as well.
+        ``momentum_decay``, ``skip_nonfinite`` and the exclusions from weight decay, which Keras's own forgets, are left
+        out where there is nothing to say: keras.optimizers.Nadam then takes the config as well.
         """
         rate = self._learning_rate
         config = super(Settings, self).get_config()
         config["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else _serialized(rate)
         config.update({"beta_1": _serialized(self.beta_1), "beta_2": _serialized(self.beta_2), "epsilon": self.epsilon})
         ours = {name: getattr(self, name) for name in _UNCHANGED}
-        return {**config, **{name: value for name, value in ours.items() if value != _UNCHANGED[name]}}
+        config.update({name: value for name, value in ours.items() if value != _UNCHANGED[name]})
+        patterns = [*self._runtime.excluded_patterns, *(_pattern(path_of(v)) for v in self._runtime.excluded)]
+        return {**config, EXCLUDED: patterns} if patterns else config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
@@ -352,7 +355,10 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
         for name in ("learning_rate", "beta_1", "beta_2"):
             if isinstance(made.get(name), dict):
                 made[name] = saving.deserialize_keras_object(made[name], custom_objects=custom_objects)
-        return cls(**made)
+        excluded = made.pop(EXCLUDED, None)
+        optimizer = cls(**made)
+        optimizer.exclude_from_weight_decay(var_names=excluded)
+        return optimizer
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}, {len(self._runtime.slots)} variables>"
@@ -367,6 +373,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
         return keras.ops.convert_to_numpy(value)
     return value
+
+
+def _pattern(path: str) -> str:
+    """What finds a path, and the same without the model's name, which Keras leaves out when it loads the model."""
+    model, slash, rest = path.partition("/")
+    return f"^({re.escape(model + slash)})?{re.escape(rest)}$" if slash else f"^{re.escape(path)}$"
 
 
 def _serialized(value: Any) -> Any:
