@@ -25,10 +25,8 @@ _CLASSES = {
     "jax": ("nadam.keras.on_jax", "JaxBackend"),
     "tensorflow": ("nadam.keras.on_tensorflow", "TensorFlowBackend"),
 }
-# What the report variable holds, where there is one.
-GRAD_NORM, CLIP_FACTOR, SKIPPED = range(3)
-
-
+# The report variable, where there is one, holds gradient norm, clip factor and, here, how many calls were skipped.
+SKIPPED = 2
 # What a copy of an optimizer has for itself.
 OWN = ("lock", "clock", "unsettled", "busy", "on_cpu", "plans")
 

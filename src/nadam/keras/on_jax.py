@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from math import inf, nan
 from typing import Any
 
 import jax
 import keras
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import io_callback
@@ -19,6 +20,9 @@ from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
 from nadam.keras.backends import SKIPPED, Backend, Optimizer, assign, traits_of, values, with_absent
 from nadam.keras.slots import checked_gradient
+
+# Eager programs that are kept: of as many settings and sets of variables.
+PROGRAMS_KEPT = 64
 
 
 class JaxBackend(Backend):
@@ -40,7 +44,7 @@ class JaxBackend(Backend):
             return function(int(calls))
         dtype = jnp.dtype(keras.backend.standardize_dtype(optimizer._momentum_product.dtype))
         result = jax.ShapeDtypeStruct((count,), dtype)
-        given = io_callback(lambda calls: jnp.asarray(function(int(calls)), dtype), result, calls)
+        given = io_callback(lambda calls: np.asarray(function(int(calls)), dtype), result, calls)
         return [given[i] for i in range(count)]
 
     def step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
@@ -78,7 +82,7 @@ class JaxBackend(Backend):
             optimizer._runtime.note(int(new["calls"]), report)
 
 
-@cache
+@lru_cache(PROGRAMS_KEPT)
 def _compiled(h: Hyperparameters, traits: tuple[traced.Traits, ...], constants: Any) -> Callable[..., Any]:
     compiled: Callable[..., Any] = jax.jit(partial(_call, h, traits, constants))
     return compiled

@@ -132,7 +132,7 @@ def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]
 
 def _checked(variable: Any, given: Any) -> torch.Tensor:
     """A gradient as the kernels take it: itself wherever it can be."""
-    grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(copied(given))
+    grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(_copied(given))
     if not grad.is_cpu:
         raise RuntimeError(f"grads[{variable.path!r}]: on {grad.device}, expected that of its variable, cpu")
     if grad.layout != torch.strided:
@@ -141,7 +141,7 @@ def _checked(variable: Any, given: Any) -> torch.Tensor:
     return grad.resolve_neg() if grad.dtype in tensors.FORMATS else grad.to(torch.float32)
 
 
-def copied(given: Any) -> Any:
+def _copied(given: Any) -> Any:
     """A NumPy array in memory that PyTorch takes: writable and without negative strides."""
     return given.copy() if isinstance(given, np.ndarray) else given
 
