@@ -64,9 +64,14 @@ def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], unscale: 
     passed = []
     for grad, tensor in zip(grads, tensors, strict=True):
         dtype = dtype_of(tensor.exp_avg)
-        largest = LARGEST[dtype] ** (0.5 if check is Check.SQUARES_FINITE else 1.0)
-        passed.append(xp.all(xp.abs(xp.cast(grad, dtype) * scalar(xp, unscale, dtype)) <= largest))
+        magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, unscale, dtype))
+        passed.append(xp.all(magnitudes <= largest_passing(dtype, check)))
     return xp.all(xp.stack(passed))
+
+
+def largest_passing(dtype: str, check: Check) -> float:
+    """The largest magnitude that passes a check."""
+    return float(LARGEST[dtype] ** (0.5 if check is Check.SQUARES_FINITE else 1.0))
 
 
 def unscaled(xp: Any, grad: Array, like: Array, unscale: Any) -> Array:
@@ -83,6 +88,31 @@ def accumulate(xp: Any, accumulators: Sequence[Array], grads: Sequence[Array], u
     ]
 
 
+class Pass(NamedTuple):
+    """What the one pass of an update takes besides parameters and state.
+
+    Attributes:
+        gradients: As `update` takes them; None for one that is missing.
+        whole: The same, unscaled where there are accumulators, with those added.
+        unscale: As of `update`.
+        scalars: 0-d, of the dtype of the momentum product: lr * weight_decay, the rule's, momentum and weight of the
+            moving average.
+        overwrite: Whether the moving average overwrites the parameters.
+        factors: What multiplies the gradients; one for all, or one each.
+    """
+
+    gradients: Sequence[Array | None]
+    whole: Sequence[Array]
+    unscale: Any
+    scalars: list[Array]
+    overwrite: Any
+    factors: list[Array]
+
+    def factor(self, i: int) -> Array:
+        """What multiplies one gradient."""
+        return self.factors[i if len(self.factors) > 1 else 0]
+
+
 def update(
     xp: Any,
     h: Hyperparameters,
@@ -96,6 +126,7 @@ def update(
     unscale: Any,
     norms: Array | None = None,
     settle: Callable[[list[Any]], Sequence[Any]] = list,
+    one_pass: Callable[[Hyperparameters, Pass, Sequence[Tensor], Sequence[Traits]], dict[int, Tensor]] | None = None,
 ) -> Outcome:
     """One update.
 
@@ -111,10 +142,11 @@ def update(
         unscale: What multiplies the gradients.
         norms: What `norms` gives, where a host has computed it already.
         settle: The compiler's barrier: gives scalars as they are, computed once and not for each element.
+        one_pass: A kernel, and which tensors it has updated; for the others the compiler makes loops of the rule.
 
     Returns:
-        The new tensors, accumulators not cleared, and momentum product; norm and clip factor where clipping asked for
-        them.
+        The new tensors, accumulators not cleared (or by the kernel), and momentum product; norm and clip factor where
+        clipping asked for them.
     """
     m = mathematics(xp)
     dtype = dtype_of(momentum_product)
@@ -138,28 +170,36 @@ def update(
     moving = m.averaging(scalar(xp, h.ema_momentum, dtype), h.ema_overwrite_frequency, updates + 1)
     common = [scalar(xp, value, dtype) for value in (decay, *c, moving.momentum, moving.weight, *factors)]
     common = list(settle(common))
+    everything = Pass(grads, gradients, unscale, common[:8], moving.overwrite, common[8:])
+    done = {} if one_pass is None else one_pass(h, everything, tensors, traits)
     new = []
-    for i, (tensor, grad, given, trait) in enumerate(zip(tensors, gradients, grads, traits, strict=True)):
-        # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.
-        own = dtype_of(tensor.exp_avg)
-        decay, *scalars, kept, weight = (xp.cast(value, own) for value in common[:8])
-        g = grad * xp.cast(common[8 + (i if len(factors) > 1 else 0)], own)
-        if h.clipvalue is not None:
-            g = m.limit(g, scalar(xp, h.clipvalue, own))
-        decay = decay if trait.decays and h.weight_decay else 0.0
-        param, exp_avg, exp_avg_sq = m.update(
-            xp.cast(tensor.param, own), g, tensor.exp_avg, tensor.exp_avg_sq, decay, *scalars
-        )
-        param, ema = xp.cast(param, dtype_of(tensor.param)), tensor.ema
-        if trait.constraint is not None:
-            param = trait.constraint(param)
-        if ema is not None:
-            ema = m.average(ema, xp.cast(param, own), kept, weight)
-            if h.ema_overwrite_frequency is not None:
-                param = xp.where(moving.overwrite, xp.cast(ema, dtype_of(tensor.param)), param)
-        result = Tensor(param, exp_avg, exp_avg_sq, ema, tensor.accumulator)
-        new.append(result if given is not None else _where_seen(xp, result, tensor))
+    for i, (tensor, trait) in enumerate(zip(tensors, traits, strict=True)):
+        result = done[i] if i in done else _updated(xp, h, everything, i, tensor, trait)
+        new.append(result if grads[i] is not None else _where_seen(xp, result, tensor))
     return Outcome(new, product, grad_norm, factor)
+
+
+def _updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tensor, trait: Traits) -> Tensor:
+    """One tensor after the rule, its constraint and its average, which the compiler makes loops of."""
+    m = mathematics(xp)
+    # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.
+    own = dtype_of(tensor.exp_avg)
+    decay, *scalars, kept, weight = (xp.cast(value, own) for value in everything.scalars)
+    g = everything.whole[i] * xp.cast(everything.factor(i), own)
+    if h.clipvalue is not None:
+        g = m.limit(g, scalar(xp, h.clipvalue, own))
+    decay = decay if trait.decays and h.weight_decay else 0.0
+    param, exp_avg, exp_avg_sq = m.update(
+        xp.cast(tensor.param, own), g, tensor.exp_avg, tensor.exp_avg_sq, decay, *scalars
+    )
+    param, ema = xp.cast(param, dtype_of(tensor.param)), tensor.ema
+    if trait.constraint is not None:
+        param = trait.constraint(param)
+    if ema is not None:
+        ema = m.average(ema, xp.cast(param, own), kept, weight)
+        if h.ema_overwrite_frequency is not None:
+            param = xp.where(everything.overwrite, xp.cast(ema, dtype_of(tensor.param)), param)
+    return Tensor(param, exp_avg, exp_avg_sq, ema, tensor.accumulator)
 
 
 def clips_by_norm(h: Hyperparameters) -> bool:

@@ -20,6 +20,7 @@ from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
 from nadam.keras.backends import SKIPPED, Backend, Optimizer, assign, traits_of, values, with_absent
 from nadam.keras.slots import checked_gradient
+from nadam.kernels import foreign
 
 # Eager programs that are kept: of as many settings and sets of variables.
 PROGRAMS_KEPT = 64
@@ -62,7 +63,7 @@ class JaxBackend(Backend):
         # Constants stay Python's floats, from which 1 - beta is computed in float64.
         constants = tuple((name, now.pop(name)) for name in ("beta1", "beta2") if not callable(getattr(h, name)))
         traits = tuple(traits_of(slots[i]) for i in indices)
-        program: Callable[..., Any] = partial(_call, h, traits, constants)
+        program: Callable[..., Any] = partial(_call, h, traits, constants, foreign.usable())
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, grads, now))):
             program = _compiled(h, traits, constants)
         new, norm, factor = program(state, grads, now)
@@ -84,7 +85,8 @@ class JaxBackend(Backend):
 
 @lru_cache(PROGRAMS_KEPT)
 def _compiled(h: Hyperparameters, traits: tuple[traced.Traits, ...], constants: Any) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = jax.jit(partial(_call, h, traits, constants))
+    # By the compiler's own loops, since here nothing is donated that a kernel could work on in place.
+    compiled: Callable[..., Any] = jax.jit(partial(_call, h, traits, constants, False))
     return compiled
 
 
@@ -92,6 +94,7 @@ def _call(
     h: Hyperparameters,
     traits: Sequence[traced.Traits],
     constants: Any,
+    kernels: bool,
     state: dict[str, Any],
     grads: Sequence[Any],
     now: dict[str, Any],
@@ -100,10 +103,9 @@ def _call(
     xp, steps, unscale = keras.ops, h.gradient_accumulation_steps, 1.0 / (h.loss_scale_factor or 1.0)
     calls, tensors, report = state["calls"], state["tensors"], state["report"]
     given = [i for i, grad in enumerate(grads) if grad is not None]
-    usable: Any = True
-    if h.skip_nonfinite:
-        chosen = [grads[i] for i in given], [tensors[i] for i in given]
-        usable = traced.usable(xp, *chosen, unscale, Check.SQUARES_FINITE)
+    clipping = traced.clips_by_norm(h)
+    measuring = kernels and len(given) == len(grads)
+    usable, taken = _measured(h, measuring, tensors, grads, unscale)
     updating: Any = True
     if steps is not None:
         updating = (calls + 1) % steps == 0
@@ -122,12 +124,23 @@ def _call(
         everything = Now(**dict(constants), **now)
         updates = calls // (steps or 1)
         arguments = (xp, h, everything, updates, product, old, grads, traits)
-        outcome = traced.update(*arguments, unscale=unscale, settle=lax.optimization_barrier)
-        new = [_cleared(tensor, running) for tensor in outcome.tensors] if steps else outcome.tensors
+        done: dict[int, traced.Tensor] = {}
+
+        def one_pass(*given: Any) -> dict[int, traced.Tensor]:
+            done.update(foreign.one_pass(*given) if kernels else {})
+            return done
+
+        norms = taken
+        if steps and clipping and measuring:
+            norms = (foreign.measure(old, grads, unscale, accumulated=True, check=Check.NOTHING) or (None,))[0]
+        options = {"settle": lax.optimization_barrier, "one_pass": one_pass}
+        outcome = traced.update(*arguments, unscale=unscale, norms=norms, **options)
+        new = [
+            tensor if i in done or not steps else _cleared(tensor, running) for i, tensor in enumerate(outcome.tensors)
+        ]
         extras = [jnp.zeros_like(product) if x is None else x for x in (outcome.grad_norm, outcome.clip_factor)]
         return new, outcome.momentum_product, extras
 
-    clipping = h.clipnorm is not None or h.global_clipnorm is not None
     begin = tensors, state["product"], [jnp.zeros_like(state["product"])] * 2
     tensors, product, (norm, factor) = _when(updating & usable, update, begin)
     if report is not None:
@@ -136,6 +149,23 @@ def _call(
     one = jnp.where(usable, 1, 0) if h.skip_nonfinite else 1
     new = {"tensors": tensors, "calls": calls + one, "product": product, "report": report}
     return new, norm if clipping else None, factor if clipping else None
+
+
+def _measured(
+    h: Hyperparameters, kernels: bool, tensors: Sequence[traced.Tensor], grads: Sequence[Any], unscale: float
+) -> tuple[Any, Any]:
+    """Whether the gradients are usable; and their norms, where they are clipped by those and the kernels take them."""
+    norms = traced.clips_by_norm(h) and h.gradient_accumulation_steps is None
+    check = Check.SQUARES_FINITE if h.skip_nonfinite else Check.NOTHING
+    found = None
+    if kernels and (norms or h.skip_nonfinite):
+        found = foreign.measure(tensors, grads, unscale, accumulated=False, check=check)
+    if found is not None:
+        return found[1] if h.skip_nonfinite else True, found[0] if norms else None
+    if not h.skip_nonfinite:
+        return True, None
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    return traced.usable(keras.ops, [grads[i] for i in given], [tensors[i] for i in given], unscale, check), None
 
 
 def _when(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:

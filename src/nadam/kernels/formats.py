@@ -11,8 +11,7 @@ from llvmlite import ir
 from numba import float32, float64, njit, types, uint16, uint32
 from numba.extending import intrinsic
 
-# Scales a float32 by the difference of the two formats' exponent biases (127 - 15).
-_HALF_BIAS = float.fromhex("0x1p112")
+_SMALLEST_NORMAL_HALF = 2.0**-14
 
 
 @intrinsic
@@ -68,9 +67,11 @@ def narrow_bfloat16_plain(value):
 
 @njit(inline="always")
 def widen_float16(bits):
-    """IEEE half bits -> float32, exact: subnormals by the multiplication, infinity and NaN by their exponent."""
+    """IEEE half bits -> float32, exact; also where the processor takes subnormal numbers for zero, as within XLA."""
     magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
-    finite = bits_of_float(float_from_bits(magnitude) * float32(_HALF_BIAS))
+    normal = uint32(magnitude + uint32(0x38000000))
+    subnormal = bits_of_float(float_from_bits(uint32(magnitude + uint32(0x38800000))) - float32(_SMALLEST_NORMAL_HALF))
+    finite = choose(magnitude < uint32(0x00800000), subnormal, normal)
     special = uint32(magnitude | uint32(0x7F800000))
     sign = uint32(uint32(uint32(bits) & uint32(0x8000)) << uint32(16))
     return float_from_bits(uint32(choose(magnitude >= uint32(0x0F800000), special, finite) | sign))

@@ -1,14 +1,16 @@
-"""Where NumPy arrays lie: the kernel that reads many array headers in one call, compiled by Numba.
+"""Where arrays lie: the kernels that look at many arrays in one call, compiled by Numba.
 
-A step needs the address of every gradient, which may be a new array each time. Asking NumPy costs half a microsecond an
-array, as much as the update of a thousand numbers; reading the C struct behind it (PyArrayObject_fields, part of
-NumPy's stable C interface) costs nothing. `layouts.py` checks, once, that the struct is where this kernel takes it to
-be.
+A step needs the address of every gradient, which may be a new array each time. Asking from Python costs half a
+microsecond an array, as much as the update of a thousand numbers. NumPy's arrays tell by the C struct behind them
+(PyArrayObject_fields, part of its stable C interface), which `layouts.py` checks, once, to be where it is read here;
+PyTorch's tensors by the function that it publishes for this, of DLPack's exchange interface.
 """
 
 from typing import Any
 
+from llvmlite import ir
 from numba import int64, njit, types
+from numba.extending import intrinsic
 
 from nadam.kernels.layouts import (
     ALIGNMENT,
@@ -18,6 +20,7 @@ from nadam.kernels.layouts import (
     DIMENSIONS,
     EXPECTED,
     FLAGS,
+    FUNCTION,
     HIGH,
     HIGHS,
     LOW,
@@ -32,15 +35,56 @@ from nadam.kernels.layouts import (
     STRUCT_NDIM,
     TABLE,
     TYPE,
+    VIEW,
 )
 from nadam.kernels.memory import integers, pointer_to
 from nadam.kernels.spans import COLUMNS, GRAD, PARAM
 
 small_integers = pointer_to(types.int32)
+# Words of a DLTensor: address; device; dimensions and dtype together; addresses of sizes and strides; byte offset.
+DL_DATA, DL_DEVICE, DL_KIND, DL_SIZES, DL_STRIDES, DL_OFFSET = range(6)
+DL_CPU = 1
 
 
-def refresh() -> Any:
-    """The kernel that writes the addresses of arrays into a table, up to the first that is not as expected."""
+@intrinsic
+def describe(typing: Any, function: Any, tensor: Any, view: Any) -> Any:
+    """Call DLPack's function that writes a DLTensor; gives 0, or else a Python exception is set."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, result = ir.IntType(64), ir.IntType(32)
+        target = builder.inttoptr(args[0], ir.PointerType(ir.FunctionType(result, [word, word])))
+        return builder.call(target, [args[1], args[2]])
+
+    return types.int32(types.int64, types.int64, types.int64), build
+
+
+@njit(inline="always")
+def numpy_array(array, b):
+    """(type, dimensions, flags, address, where the sizes are, where the strides are) of an array."""
+    header = integers(array)
+    ndim = int64(small_integers(array + 8 * STRUCT_NDIM)[0])
+    flags = int64(small_integers(array + 8 * STRUCT_FLAGS)[0])
+    return header[DESCRIPTOR], ndim, flags, header[DATA], header[DIMENSIONS], header[STRIDES]
+
+
+@njit(inline="always")
+def torch_tensor(tensor, b):
+    """The same of a tensor: its type is dtype and dimensions in one word, its flag is to be in the CPU's memory."""
+    if describe(b[FUNCTION], tensor, b[VIEW]) != 0:
+        return int64(-1), int64(0), int64(0), int64(0), int64(0), int64(0)
+    view = integers(b[VIEW])
+    ndim = int64(small_integers(b[VIEW] + 8 * DL_KIND)[0])
+    on_cpu = int64(view[DL_DEVICE] == DL_CPU)
+    return view[DL_KIND], ndim, on_cpu, view[DL_DATA] + view[DL_OFFSET], view[DL_SIZES], view[DL_STRIDES]
+
+
+def refresh(source: str) -> Any:
+    """The kernel that writes the addresses of arrays into a table, up to the first that is not as expected.
+
+    Args:
+        source: "numpy_array" or "torch_tensor"; for the latter the kernel is called with the GIL held.
+    """
+    look = globals()[source]
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):
@@ -51,15 +95,13 @@ def refresh() -> Any:
         for t in range(2 * n):  # parameters, then gradients
             b[MISMATCH] = t
             is_grad = t >= n
-            header, wanted = integers(arrays[t]), integers(expected[t])
-            ndim = int64(small_integers(arrays[t] + 8 * STRUCT_NDIM)[0])
-            flags = int64(small_integers(arrays[t] + 8 * STRUCT_FLAGS)[0])
-            address = header[DATA]
-            if header[DESCRIPTOR] != wanted[TYPE] or ndim != wanted[NDIM]:
+            wanted = integers(expected[t])
+            kind, ndim, flags, address, where_sizes, where_strides = look(arrays[t], b)
+            if kind != wanted[TYPE] or ndim != wanted[NDIM]:
                 return
             if (flags & wanted[FLAGS]) != wanted[FLAGS] or (address & (wanted[ALIGNMENT] - 1)) != 0:
                 return
-            sizes, strides = integers(header[DIMENSIONS]), integers(header[STRIDES])
+            sizes, strides = integers(where_sizes), integers(where_strides)
             for d in range(ndim):
                 if sizes[d] != wanted[SHAPE + d] or strides[d] != wanted[SHAPE + ndim + d]:
                     return

@@ -1,8 +1,8 @@
-"""How NumPy arrays lie in memory, told to the kernels; and a quick look whether they still lie so."""
+"""How arrays lie in memory, told to the kernels; and a quick look whether they still lie so."""
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ DATA, STRUCT_NDIM, DIMENSIONS, STRIDES, DESCRIPTOR, STRUCT_FLAGS = 2, 3, 4, 5, 7
 TYPE, NDIM, FLAGS, ALIGNMENT, LOW, HIGH, SHAPE = range(7)
 WRITEABLE = 0x0400
 # Arguments of the kernel in headers.py.
-ARRAYS, EXPECTED, TABLE, LOWS, HIGHS, NUM_TENSORS, NUM_RANGES, MISMATCH = range(8)
+ARRAYS, EXPECTED, TABLE, LOWS, HIGHS, NUM_TENSORS, NUM_RANGES, MISMATCH, FUNCTION, VIEW = range(10)
 
 DENSE = np.array([-1])
 
@@ -101,28 +101,37 @@ class Headers:
     """A quick check that parameters and gradients lie as they did, and their addresses.
 
     Args:
+        kernel: Of headers.py.
         params: Parameters.
-        grads: Their gradients; those to come will lie as these.
+        expected: What the kernel is to find: of each parameter, then of each gradient.
         table: Rows of the kernels' table of tensors, whose addresses are kept up to date.
-        written: All arrays that the step writes to; no gradient may overlap one.
+        written: First and last address of all that the step writes to; no gradient may overlap it.
+        function: Address of the function that describes an array, where the kernel takes one.
     """
 
     def __init__(
-        self, params: Sequence[Array], grads: Sequence[Array], table: NDArray[np.int64], written: Sequence[Array]
+        self,
+        kernel: Callable[[int, int], None],
+        params: Sequence[Any],
+        expected: Sequence[NDArray[np.int64]],
+        table: NDArray[np.int64],
+        written: Sequence[tuple[int, int]],
+        function: int = 0,
     ) -> None:
-        self._expected = [_expected(array, WRITEABLE) for array in params] + [_expected(array, 0) for array in grads]
-        self._pointers = np.array([address(wanted) for wanted in self._expected], np.int64)
-        ranges = sorted(bounds(array) for array in written)
+        self._expected, self._table = expected, table
+        self._pointers = np.array([address(wanted) for wanted in expected], np.int64)
+        ranges = sorted(written)
         self._lows = np.array([low for low, _ in ranges], np.int64)
         self._highs = np.maximum.accumulate(np.array([high for _, high in ranges], np.int64))
         self._params = params  # held, so that their identities stay theirs
-        self._arrays = np.fromiter(map(id, [*params, *grads]), np.int64, 2 * len(params))
+        self._arrays = np.zeros(2 * len(params), np.int64)
+        self._arrays[: len(params)] = list(map(id, params))
         self._grads = self._arrays[len(params) :]
-        self._table = table
+        self._view = np.zeros(6, np.int64)
         addresses = [address(array) for array in (self._arrays, self._pointers, table, self._lows, self._highs)]
-        self._block = np.array([*addresses, len(params), len(ranges), -1], np.int64)
+        self._block = np.array([*addresses, len(params), len(ranges), -1, function, address(self._view)], np.int64)
         self._address, self._result = address(self._block), self._block.data
-        self._kernel = native.kernel("headers", "refresh")
+        self._kernel = kernel
 
     def refresh(self, identities: NDArray[np.int64]) -> bool:
         """Put the addresses of the parameters and of the gradients that have these identities into the table.
@@ -135,12 +144,25 @@ class Headers:
         return self._result[MISMATCH] < 0
 
 
+def array_headers(
+    params: Sequence[Array], grads: Sequence[Array], table: NDArray[np.int64], written: Sequence[Array]
+) -> Headers:
+    """Of NumPy arrays: parameters, gradients as those to come will lie, and all that the step writes to."""
+    expected = [_expected(array, WRITEABLE) for array in params] + [_expected(array, 0) for array in grads]
+    kernel = native.kernel("headers", "refresh", "numpy_array")
+    return Headers(kernel, params, expected, table, [bounds(array) for array in written])
+
+
 def _expected(array: Array, flags: int) -> NDArray[np.int64]:
+    return expectation(array, id(array.dtype), flags, array.strides)
+
+
+def expectation(array: Array, kind: int, flags: int, strides: Sequence[int]) -> NDArray[np.int64]:
+    """What a kernel is to find where it finds an array over this memory: its kind, and strides in whatever units."""
     width = array.itemsize // 2 if array.dtype.kind == "c" else array.itemsize
     alignment = width if address(array) % width == 0 else 1
     low, high = (bound - address(array) for bound in bounds(array))
-    words = [id(array.dtype), array.ndim, flags, alignment, low, high, *array.shape, *array.strides]
-    return np.array(words, np.int64)
+    return np.array([kind, array.ndim, flags, alignment, low, high, *array.shape, *strides], np.int64)
 
 
 @cache

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -28,8 +28,28 @@ from nadam.core import average, gradient, rule
 
 _DIGEST = hashlib.sha256().digest_size
 _SYMBOL_END = b"\n"
+# What C calls: a function of XLA's interface, which hands on where to put an error and how threads may call it back.
+_HANDLER = """
+declare i32 @"{symbol}"(i8*, i8*, i64, i64)
+
+define i64 @handler(i64 %frame) {{
+    %unused = alloca [64 x i8]
+    %nowhere = bitcast [64 x i8]* %unused to i8*
+    %called = call i32 @"{symbol}"(i8* %nowhere, i8* %nowhere, i64 %frame, i64 ptrtoint (void (i64)* @task to i64))
+    ret i64 0
+}}
+
+define void @task(i64 %scratch) {{
+    %unused = alloca [64 x i8]
+    %nowhere = bitcast [64 x i8]* %unused to i8*
+    %called = call i32 @"{symbol}"(i8* %nowhere, i8* %nowhere, i64 %scratch, i64 0)
+    ret void
+}}
+"""
+# What LLVM makes of loops that fill or copy; without Numba in the process it would find none of these.
+_LIBRARY = {"memset": ctypes.memset, "memcpy": ctypes.memmove, "memmove": ctypes.memmove}
 _lock = Lock()
-_kernels: dict[tuple[Any, ...], Callable[[int, int], None]] = {}
+_kernels: dict[tuple[Any, ...], Any] = {}
 _engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
 compilations = 0  # kernels that this process compiled, for those who want to know
 
@@ -46,10 +66,27 @@ def kernel(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
         A function of two int64: the address of the kernel's arguments, and how much it may do in this call.
     """
     known = _kernels.get((module, name, variant))
-    return known if known is not None else _make(module, name, variant)
+    return known if known is not None else _make(_callable, module, name, variant)  # type: ignore[no-any-return]
 
 
-def _make(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, int], None]:
+def kernel_holding_gil(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
+    """The same, as a function that keeps the GIL and raises the Python exception that the kernel leaves, if any."""
+    key = (module, name, variant)
+    return _kernels[key] if key in _kernels else _make(_callable_holding_gil, *key)  # type: ignore[no-any-return]
+
+
+def handler(name: str, *variant: Any) -> int:
+    """The address of a C function: a handler of XLA's foreign function interface, from xla.py.
+
+    Args:
+        name: Of the function there that gives the Numba function.
+        *variant: What that takes.
+    """
+    known = _kernels.get(("xla", name, variant))
+    return known if known is not None else _make(_handler, "xla", name, variant)  # type: ignore[no-any-return]
+
+
+def _make(load: Callable[[str, bytes], Any], module: str, name: str, variant: tuple[Any, ...]) -> Any:
     with _lock:
         if (module, name, variant) in _kernels:  # by another thread meanwhile
             return _kernels[module, name, variant]
@@ -58,7 +95,8 @@ def _make(module: str, name: str, variant: tuple[Any, ...]) -> Callable[[int, in
         if content is None:
             content = _compile(module, name, variant)
             _write(path, content)
-        made = _kernels[module, name, variant] = _load(content)
+        symbol, machine_code = content.split(_SYMBOL_END, 1)
+        made = _kernels[module, name, variant] = load(symbol.decode(), machine_code)
         return made
 
 
@@ -71,6 +109,8 @@ def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
         raise RuntimeError("NUMBA_DISABLE_JIT is set, and there is no compiled kernel on disk: unset it once")
     compilations += 1
     function = getattr(importlib.import_module(f"nadam.kernels.{module}"), name)(*variant)
+    # Python never calls it, and where one symbol is missing (Numba's, in a process without it) LLVM resolves none.
+    function.targetoptions |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     signature = void(int64, int64)
     function.compile(signature)
     compiled = function.overloads[signature.args]
@@ -80,18 +120,10 @@ def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
     return symbol.encode() + _SYMBOL_END + bytes(machine_code)
 
 
-def _load(content: bytes) -> Callable[[int, int], None]:
-    symbol, machine_code = content.split(_SYMBOL_END, 1)
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
-    engine.finalize_object()
-    _engines.append(engine)
+def _callable(symbol: str, machine_code: bytes, convention: Any = ctypes.CFUNCTYPE) -> Callable[[int, int], None]:
     # Numba's calling convention: where to put the result, where to put an exception, then the arguments.
-    convention = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    function = convention(engine.get_function_address(symbol.decode()))
+    kind = convention(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    function = kind(_engine(machine_code).get_function_address(symbol))
     unused = ctypes.create_string_buffer(64)
     nowhere = ctypes.addressof(unused)
 
@@ -99,6 +131,26 @@ def _load(content: bytes) -> Callable[[int, int], None]:
         function(nowhere, nowhere, block, budget)
 
     return call
+
+
+_callable_holding_gil = partial(_callable, convention=ctypes.PYFUNCTYPE)
+
+
+def _handler(symbol: str, machine_code: bytes) -> int:
+    return int(_engine(machine_code, _HANDLER.format(symbol=symbol)).get_function_address("handler"))
+
+
+def _engine(machine_code: bytes, assembly: str = "") -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    for name, function in _LIBRARY.items():
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="large")  # a call may go far
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return engine
 
 
 def _read(path: Path | None) -> bytes | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -11,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nadam.kernels.layouts import bounds, overlaps_itself
-from nadam.kernels.plan import Plan
+from nadam.kernels import native
+from nadam.kernels.layouts import Headers, bounds, expectation, overlaps_itself
+from nadam.kernels.plan import Group, Plan
 from nadam.kernels.rows import LARGE, SHIFT, Memory, groups
-from nadam.kernels.spans import GRAD
+from nadam.kernels.spans import GRAD, PARAM
 
 FORMATS = {
     torch.float16: "float16",
@@ -22,6 +25,15 @@ FORMATS = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
+# DLPack's codes: kind of number, bits, lanes.
+_DL_DTYPES = {
+    torch.float16: 2 | 16 << 8 | 1 << 16,
+    torch.bfloat16: 4 | 16 << 8 | 1 << 16,
+    torch.float32: 2 | 32 << 8 | 1 << 16,
+    torch.float64: 2 | 64 << 8 | 1 << 16,
+}
+# The version of its table of functions, and the word there that points to the one that describes a tensor.
+DLPACK_VERSION, DESCRIBE = 1, 5
 # What tables depend on besides strides and addresses.
 _kind = attrgetter("dtype", "is_cpu", "shape")
 
@@ -84,43 +96,69 @@ class TensorPlan:
         made = groups(tensors, list(slots), torch.get_num_threads)
         self.plan = Plan(made, np.array(members, np.int64))
         self._params = [slot.param for slot in slots]
-        self._param_addresses = _addresses(self._params)
-        self._kinds, self._strides = list(map(_kind, grads)), list(map(torch.Tensor.stride, grads))
-        self._contiguous = all(grad.is_contiguous() for grad in grads)
-        extents = [(low - grad.data_ptr(), high - grad.data_ptr()) for grad, (low, high) in _extents(grads, tensors)]
-        self._begins, self._ends = (np.array([extent[end] for extent in extents], np.int64) for end in (0, 1))
-        self._widths = np.array([grad.itemsize for grad in grads], np.int64)
-        self._aligned = not (_addresses(grads) % self._widths).any()
-        self._check_apart(_addresses(grads))
+        addresses = _addresses(grads)
+        ends = [bounds(tensor.grad) for tensor in tensors]
+        self._begins, self._ends = (np.array([end[i] for end in ends], np.int64) - addresses for i in (0, 1))
+        self._check_apart(addresses)
+        # A view that stands for its negative has strides of another tensor's, unless it has none to speak of.
+        self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
+        self._fits = (exchange_function() and self._alike_by_headers(made, tensors, grads)) or self._alike(grads)
 
     def fits(self, grads: Sequence[torch.Tensor]) -> bool:
-        """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now.
-
-        Raises:
-            ValueError: One of them shares memory with what the step writes to.
-        """
-        if not set(map(type, grads)) <= {torch.Tensor, torch.nn.Parameter} or list(map(_kind, grads)) != self._kinds:
+        """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
+        if len(grads) != len(self._names) or not set(map(type, grads)) <= {torch.Tensor, torch.nn.Parameter}:
             return False
         try:
-            addresses = _addresses(grads)
-            if self._contiguous:
-                if not all(map(torch.Tensor.is_contiguous, grads)):
-                    return False
-            elif list(map(torch.Tensor.stride, grads)) != self._strides:
-                return False
+            return self._fits(grads) and not any(grads[i].is_neg() for i in self._perhaps_negative)
         except RuntimeError:  # a sparse tensor has no address
             return False
-        if (_addresses(self._params) != self._param_addresses).any():
-            return False
-        if (addresses % self._widths).any() == self._aligned:
-            return False
-        self._check_apart(addresses)
-        if len(self.plan.groups) == 1:
-            self.plan.groups[0].table.rows[:, GRAD] = addresses
-        else:
+
+    def _alike_by_headers(
+        self, made: Sequence[Group], tensors: Sequence[Memory], grads: Sequence[torch.Tensor]
+    ) -> Callable[[Sequence[torch.Tensor]], bool] | None:
+        """The check by the kernel that asks PyTorch for all gradients at once; None where it finds not even these."""
+        kernel, function = native.kernel_holding_gil("headers", "refresh", "torch_tensor"), exchange_function()
+        written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
+        checks = []
+        for group in made:
+            params = [self._params[i] for i in group.members]
+            expected = [_expected(tensors[i].param, self._params[i]) for i in group.members]
+            expected += [_expected(tensors[i].grad, grads[i]) for i in group.members]
+            headers = Headers(kernel, params, expected, group.table.rows, written, function)
+            if not headers.refresh(np.array([id(grads[i]) for i in group.members], np.int64)):
+                return None
+            checks.append((group.members, headers, group.table.rows, group.table.rows[:, PARAM].copy()))
+
+        def alike(grads: Sequence[torch.Tensor]) -> bool:
+            identities = np.fromiter(map(id, grads), np.int64, len(grads))
+            for members, headers, rows, params in checks:
+                if not headers.refresh(identities if len(checks) == 1 else identities[members]):
+                    return False
+                if (rows[:, PARAM] != params).any():  # their data were exchanged
+                    return False
+            return True
+
+        return alike
+
+    def _alike(self, grads: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:
+        """The check where PyTorch has no function for that, as before 2.9: by its methods, one by one."""
+        kinds, strides = list(map(_kind, grads)), list(map(torch.Tensor.stride, grads))
+        params = _addresses(self._params)
+        widths = np.array([grad.itemsize for grad in grads], np.int64)
+        aligned = not (_addresses(grads) % widths).any()
+
+        def alike(grads: Sequence[torch.Tensor]) -> bool:
+            if list(map(_kind, grads)) != kinds or list(map(torch.Tensor.stride, grads)) != strides:
+                return False
+            addresses = _addresses(grads)
+            if (_addresses(self._params) != params).any() or (addresses % widths).any() == aligned:
+                return False
+            self._check_apart(addresses)
             for group in self.plan.groups:
                 group.table.rows[:, GRAD] = addresses[group.members]
-        return True
+            return True
+
+        return alike
 
     def _check_apart(self, addresses: NDArray[np.int64]) -> None:
         if not self._lows.size:
@@ -136,8 +174,31 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
     return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
-def _extents(grads: Sequence[torch.Tensor], tensors: Sequence[Memory]) -> Any:
-    return zip(grads, [bounds(tensor.grad) for tensor in tensors], strict=True)
+@cache
+def exchange_function() -> int:
+    """The address of the function by which PyTorch describes a tensor to C: DLPack's, borrowed and not synchronizing.
+
+    0 where this version of PyTorch or this machine has none.
+    """
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return 0
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    try:
+        table = get_pointer(capsule, b"dlpack_exchange_api")
+    except ValueError:  # another name, so another table
+        return 0
+    version = (ctypes.c_uint32 * 2).from_address(table)
+    if version[0] != DLPACK_VERSION:
+        return 0
+    return int((ctypes.c_int64 * (DESCRIBE + 1)).from_address(table)[DESCRIBE])
+
+
+def _expected(array: NDArray[Any], tensor: torch.Tensor) -> NDArray[np.int64]:
+    """What the kernel is to find where it finds a tensor that lies like this one."""
+    kind = tensor.dim() | _DL_DTYPES[tensor.dtype] << 32
+    return expectation(array, kind, 1, tensor.stride())
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -52,7 +52,7 @@ class ArrayPlan:
     def __init__(
         self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
     ) -> None:
-        from nadam.kernels.layouts import Headers, headers_readable
+        from nadam.kernels.layouts import array_headers, headers_readable
         from nadam.kernels.plan import Plan
         from nadam.kernels.rows import Memory, groups
 
@@ -75,7 +75,7 @@ class ArrayPlan:
         self._checks: list[tuple[NDArray[np.int64], Headers]] = []
         for group in made if self.reusable else []:
             chosen = [tensors[i] for i in group.members]
-            headers = Headers([t.param for t in chosen], [t.grad for t in chosen], group.table.rows, owners)
+            headers = array_headers([t.param for t in chosen], [t.grad for t in chosen], group.table.rows, owners)
             self._checks.append((group.members, headers))
         self.plan = Plan(made, members)
         # Whoever does the step holds the gradients meanwhile; afterwards they are not ours to keep.

@@ -1,0 +1,32 @@
+"""What only the JAX backend does: the CPU's kernels inside compiled steps."""
+
+import keras
+import numpy as np
+import pytest
+
+import nadam.keras
+
+if keras.backend.backend() != "jax":
+    pytest.skip("the JAX backend", allow_module_level=True)
+
+import jax
+
+
+@pytest.mark.parametrize(
+    ("settings", "kernels"),
+    [
+        ({}, ["one_pass"]),
+        ({"global_clipnorm": 1.0, "use_ema": True}, ["one_pass", "measure"]),
+        ({"skip_nonfinite": True, "gradient_accumulation_steps": 2}, ["one_pass", "measure"]),
+    ],
+    ids=str,
+)
+def test_a_compiled_step_calls_the_kernels_and_copies_nothing(settings, kernels):
+    variables = [keras.Variable(np.ones(shape, np.float32)) for shape in [(300, 500), (500,)]]
+    optimizer = nadam.keras.Nadam(**settings)
+    optimizer.build(variables)
+    state = [[v.value for v in variables], [v.value for v in optimizer.variables]]
+    step = jax.jit(lambda values, own, grads: optimizer.stateless_apply(own, grads, values), donate_argnums=(0, 1))
+    lowered = step.lower(*state, [v.value * 2 for v in variables])
+    assert all(f"nadam-{kernel}" in lowered.as_text() for kernel in kernels)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 150_000 * 4 / 8

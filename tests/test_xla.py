@@ -1,0 +1,184 @@
+"""The CPU's passes as foreign functions of XLA: called by compiled programs, and equal to XLA's own loops."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+from jax import numpy as jnp  # noqa: E402
+
+from nadam.core import traced  # noqa: E402
+from nadam.core.gradient import Check  # noqa: E402
+from nadam.core.hyperparameters import Hyperparameters, Now  # noqa: E402
+from nadam.kernels import foreign  # noqa: E402
+
+SIZES = [(3, 4), (), (0, 2), (5,), (70_001,), (1 << 19,)]
+
+
+class Library:
+    """jax.numpy by the names of keras.ops."""
+
+    def __getattr__(self, name):
+        return getattr(jnp, name)
+
+    cast = staticmethod(lambda x, dtype: jnp.asarray(x).astype(dtype))
+    convert_to_tensor = staticmethod(lambda x, dtype: jnp.asarray(x, dtype))
+    cond = staticmethod(jax.lax.cond)
+
+
+XP = Library()
+
+
+def state(h, dtype, grad_dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    tensors, grads = [], []
+    for shape in SIZES:
+        wide = jnp.float32
+
+        def draw(kind, shape=shape):
+            return jnp.asarray(rng.normal(size=shape), kind)
+
+        averaged = draw(wide) if h.use_ema else None
+        accumulator = draw(wide) if h.gradient_accumulation_steps else None
+        tensors.append(traced.Tensor(draw(dtype), draw(wide), draw(wide) ** 2, averaged, accumulator))
+        grads.append(draw(grad_dtype))
+    return tensors, grads
+
+
+def updated(h, tensors, grads, one_pass):
+    """The jitted update, its arguments donated."""
+    traits = [traced.Traits(decays=bool(i % 2), constraint=None) for i in range(len(tensors))]
+
+    def update(tensors, grads, product, updates):
+        now = Now(lr=0.01, beta1=0.9, beta2=0.999)
+        arguments = (XP, h, now, updates, product, tensors, grads, traits)
+        return traced.update(*arguments, unscale=0.5, settle=jax.lax.optimization_barrier, one_pass=one_pass)
+
+    compiled = jax.jit(update, donate_argnums=0)
+    arguments = (tensors, grads, jnp.float32(0.3), jnp.int32(3))
+    return compiled.lower(*arguments).as_text(), compiled(*arguments)
+
+
+SETTINGS = [
+    {},
+    {"weight_decay": 0.1, "global_clipnorm": 0.5, "use_ema": True},
+    {"clipnorm": 0.5, "use_ema": True, "ema_overwrite_frequency": 4},
+    {"clipvalue": 0.01, "gradient_accumulation_steps": 4, "weight_decay": 0.1},
+    {"gradient_accumulation_steps": 4, "use_ema": True, "global_clipnorm": 1e-3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")], ids=str)
+def test_equal_to_the_loops_of_xla(settings, dtypes):
+    h = Hyperparameters(**settings)
+    loops, (expected, *_) = updated(h, *state(h, *dtypes), None)
+    calls, (found, *_) = updated(h, *state(h, *dtypes), foreign.one_pass)
+    assert "nadam-one_pass" in calls
+    assert "nadam-one_pass" not in loops
+    for one, other in zip(found, expected, strict=True):
+        for field in one._fields:
+            value, wanted = getattr(one, field), getattr(other, field)
+            if wanted is None:
+                assert value is None
+            elif field == "accumulator":
+                assert not value.any()  # cleared by the kernel, not by the loops
+            else:
+                # As many units of the last place as there are fused multiply-adds and reciprocals in the rule.
+                unit = float(jnp.finfo(value.dtype).eps)
+                np.testing.assert_allclose(np.float64(value), np.float64(wanted), rtol=8 * unit, atol=4 * unit)
+
+
+def test_moves_28_bytes_for_a_float32_parameter():
+    h, shape = Hyperparameters(), (1 << 20,)
+    tensor = traced.Tensor(*(jnp.ones(shape) for _ in range(3)), None, None)
+
+    def update(tensors, grads):
+        arguments = (XP, h, Now(0.1, 0.9, 0.999), 0, jnp.float32(1.0), tensors, grads, [traced.Traits(False, None)])
+        return traced.update(*arguments, unscale=1.0, one_pass=foreign.one_pass).tensors
+
+    compiled = jax.jit(update, donate_argnums=0).lower([tensor], [jnp.ones(shape)]).compile()
+    assert compiled.cost_analysis()["bytes accessed"] / shape[0] < 28.1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096  # nothing is copied
+
+
+def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
+    h = Hyperparameters()
+    tensors, grads = state(h, "float32", "float32")
+    traits = [traced.Traits(False, abs if i == 1 else None) for i in range(len(tensors))]
+    grads[2], grads[3] = grads[2].astype("float8_e4m3fn"), None
+    everything = traced.Pass(grads, grads, 1.0, [jnp.float32(0.1)] * 8, False, [jnp.float32(1.0)])
+    assert sorted(foreign.one_pass(h, everything, tensors, traits)) == [0, 4, 5]
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_norms(dtype, accumulated):
+    h = Hyperparameters(gradient_accumulation_steps=2 if accumulated else None)
+    tensors, grads = state(h, "float32", dtype)
+    found, passed = foreign.measure(tensors, grads, 0.25, accumulated=accumulated, check=Check.SQUARES_FINITE)
+    assert passed
+    sums = [
+        np.float64(g) * 0.25 + np.float64(t.accumulator) if accumulated else np.float64(g)
+        for g, t in zip(grads, tensors, strict=True)
+    ]
+    np.testing.assert_allclose(found, [np.linalg.norm(value) for value in sums], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("value", "check", "passes"), [
+    (np.nan, Check.FINITE, False),
+    (-np.inf, Check.FINITE, False),
+    (1e20, Check.FINITE, True),
+    (1e20, Check.SQUARES_FINITE, False),
+    (1e18, Check.SQUARES_FINITE, True),
+])  # fmt: skip
+def test_checks(value, check, passes):
+    tensors, grads = state(Hyperparameters(), "float32", "float32")
+    grads[4] = grads[4].at[70_000].set(value)
+    found, passed = foreign.measure(tensors, grads, 1.0, accumulated=False, check=check)
+    assert bool(passed) == passes
+    if passes:
+        assert abs(float(found[4]) / value - 1) < 1e-6  # no square overflows
+
+
+def test_norms_that_the_kernel_leaves_to_the_compiler():
+    tensors, grads = state(Hyperparameters(), "float32", "float32")
+    grads[0] = grads[0].astype("float16")  # more than one format
+    assert foreign.measure(tensors, grads, 1.0, accumulated=False, check=Check.FINITE) is None
+
+
+def run(program, **environment):
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_loaded_from_disk_without_numba():
+    program = """
+import sys
+from nadam.kernels import foreign, native
+assert foreign.usable()
+print(native.compilations, "numba" in sys.modules)
+"""
+    run(program)
+    assert run(program) == "0 False\n"
+
+
+def test_not_where_arrays_may_be_split():
+    program = "from nadam.kernels import foreign; print(foreign.usable())"
+    assert run(program, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "False\n"
+
+
+def test_a_refusal_falls_back_with_a_warning(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no such interface")
+
+    foreign._registered.cache_clear()
+    monkeypatch.setattr(foreign, "_target", refuse)
+    with pytest.warns(UserWarning, match="no such interface"):
+        assert not foreign.usable()
+    foreign._registered.cache_clear()
