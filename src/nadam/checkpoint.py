@@ -100,7 +100,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
     Args:
         path: Of the file; a file that is there is replaced.
-        state: What ``state_dict`` gave, or any dict of that kind: nested dicts of arrays, numbers, strings and lists.
+        state: What ``state_dict`` gave, or any dict of that kind: nested dicts, lists and tuples of arrays, tensors of
+            PyTorch, numbers and strings.
 
     Raises:
         TypeError: Something else in the state. A file that was there is left as it was, also by the next.
@@ -172,22 +173,49 @@ def _digest(file: BinaryIO, start: int) -> bytes:
     return digest.digest()
 
 
-# In the JSON text an array is its name in the archive and its dtype, marked by a key that no other dict has alone.
-_ARRAY = "__array__"
-_TREE = "tree"
+# In the JSON text an array is its name in the archive and its dtype, marked by a key that no other dict has alone; so
+# are a dict whose keys are not all strings, and a tuple.
+_ARRAY, _ITEMS, _TUPLE = "__array__", "__items__", "__tuple__"
+_TREE, _TORCH = "tree", "torch."
 
 
 def _without_arrays(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _without_arrays(item, arrays) for key, item in value.items()}
+        if all(isinstance(key, str) for key in value):
+            return {key: _without_arrays(item, arrays) for key, item in value.items()}
+        return {_ITEMS: [[key, _without_arrays(item, arrays)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_without_arrays(item, arrays) for item in value]
+        return items if isinstance(value, list) else {_TUPLE: items}
+    dtype = ""
+    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "numpy"):
+        dtype, value = _TORCH + str(value.dtype).removeprefix(_TORCH), _plain(value)
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
             raise TypeError(f"an array of {value.dtype} cannot be saved")
         name = f"array{len(arrays)}"
         # NumPy's format has no bfloat16: its bits are stored, and its name.
         arrays[name] = value.view(np.uint16) if value.dtype.name == BFLOAT16 else value
-        return {_ARRAY: [name, value.dtype.name]}
+        return {_ARRAY: [name, dtype or value.dtype.name]}
     return value
+
+
+def _plain(tensor: Any) -> NDArray[Any]:
+    """A tensor of PyTorch as an array, of integers for bfloat16."""
+    import torch
+
+    if hasattr(tensor, "to_local"):
+        raise TypeError("a tensor that is split over processes cannot be saved; torch.distributed.checkpoint can")
+    plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    array: NDArray[Any] = (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+    return array
+
+
+def _tensor(array: NDArray[Any], dtype: str) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == _TORCH + BFLOAT16 else tensor
 
 
 def _bfloat16() -> Any:
@@ -197,12 +225,19 @@ def _bfloat16() -> Any:
 
 
 def _with_arrays(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    if isinstance(value, list):
+        return [_with_arrays(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
     if set(value) == {_ARRAY}:
         name, dtype = value[_ARRAY]
+        if dtype.startswith(_TORCH):
+            return _tensor(arrays[name], dtype)
         return arrays[name].view(_bfloat16()) if dtype == BFLOAT16 else arrays[name]
-    return {key: _with_arrays(item, arrays) for key, item in value.items()}
+    if set(value) == {_TUPLE}:
+        return tuple(_with_arrays(item, arrays) for item in value[_TUPLE])
+    pairs = value[_ITEMS] if set(value) == {_ITEMS} else value.items()
+    return {key: _with_arrays(item, arrays) for key, item in pairs}
 
 
 def _checksum(array: NDArray[Any]) -> int:

@@ -14,6 +14,7 @@ class Clock:
 
     Args:
         parameters: How many parameters there are.
+        steps: Whether each parameter has its own number of updates and momentum product, for a host that shows them.
 
     Attributes:
         now: float64: calls, momentum product, skipped calls, and per parameter 1 where its accumulator holds a
@@ -23,9 +24,10 @@ class Clock:
         commitment: Both of them.
     """
 
-    def __init__(self, parameters: int) -> None:
-        self.now: NDArray[np.float64] = np.zeros(SEEN + parameters)
+    def __init__(self, parameters: int, steps: bool = False) -> None:
+        self.now: NDArray[np.float64] = np.zeros(SEEN + parameters * (3 if steps else 1))
         self.now[MOMENTUM_PRODUCT] = 1.0
+        self._has_steps = steps
         self.advanced = self.now.copy()
         self._index()
 
@@ -34,11 +36,16 @@ class Clock:
         # The same memory, whose single elements are read and written several times as fast.
         self._now: Any = self.now.data
         self._advanced: Any = self.advanced.data
+        count = (len(self.now) - SEEN) // (3 if self._has_steps else 1)
+        self._seen_now, self._seen_next = self.now[SEEN : SEEN + count], self.advanced[SEEN : SEEN + count]
+        parts = [slice(SEEN + i * count, SEEN + (i + 1) * count) for i in (1, 2)]
+        self._own = tuple(self.advanced[part] for part in parts) if self._has_steps else None
+        self._shown = tuple(self.now[part] for part in parts)
 
-    def __getstate__(self) -> dict[str, NDArray[np.float64]]:
-        return {"now": self.now, "advanced": self.advanced}
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("now", "advanced", "_has_steps")}
 
-    def __setstate__(self, state: dict[str, NDArray[np.float64]]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._index()
 
@@ -60,7 +67,21 @@ class Clock:
     @property
     def seen(self) -> NDArray[np.float64]:
         """Per parameter: 1 where it had a gradient since the last update."""
-        return self.now[SEEN:]
+        return self._seen_now
+
+    def start(self, updates: int, momentum_product: float, position: int, accumulation_steps: int) -> None:
+        """Set the counters, as those of a run that was resumed."""
+        self.now[CALLS] = updates * accumulation_steps + position
+        self.now[MOMENTUM_PRODUCT] = momentum_product
+        if self._has_steps:
+            steps, products = self._shown
+            steps[:], products[:] = updates, momentum_product
+
+    @property
+    def steps(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Per parameter the number of updates and the momentum product: memory that changes with the counters."""
+        steps, products = self._shown
+        return steps, products
 
     def skip(self) -> None:
         """Count a call that changed nothing."""
@@ -75,7 +96,11 @@ class Clock:
             now[SKIPPED],
         )
         if accumulating:
-            self.advanced[SEEN:] = 0.0
+            self._seen_next[:] = 0.0
+        if self._own is not None:
+            steps, products = self._own
+            steps.fill(self._now[SEEN + len(self._seen_now)] + 1.0)
+            products.fill(momentum_product)
 
     def prepare_accumulation(self, seen: NDArray[np.int64]) -> None:
         """Lay out what a call that only accumulates makes of the counters.

@@ -32,6 +32,16 @@ def limit(grad: Any, clipvalue: Any) -> Any:
     return maximum(minimum(grad, clipvalue), -clipvalue)
 
 
+def coupled(grad: Any, param: Any, weight_decay: Any) -> Any:
+    """The gradient of a loss with an L2 penalty, ``grad + weight_decay * param``; compiled into the pass likewise.
+
+    Example:
+        >>> coupled(1.0, 2.0, 0.25)
+        1.5
+    """
+    return grad + weight_decay * param
+
+
 def clip_factor(norm: Any, clipnorm: float) -> Any:
     """The multiplier that brings a gradient of this norm to at most ``clipnorm``.
 

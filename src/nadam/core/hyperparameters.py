@@ -46,7 +46,8 @@ class Hyperparameters:
         beta1: Decay rate of the first moment, in [0, 1); or a callable of no arguments.
         beta2: Decay rate of the second moment, likewise.
         eps: Added outside the square root, >= 0.
-        weight_decay: Decoupled; the share lr * weight_decay of each parameter goes at each step. None for none.
+        weight_decay: Decoupled, unless coupled_weight_decay is set: the share lr * weight_decay of each parameter goes
+            at each step. None for none.
         clipnorm: Largest norm of each gradient. At most one of the three clips is set.
         clipvalue: Largest magnitude of each element of a gradient.
         global_clipnorm: Largest norm of all gradients together.
@@ -57,6 +58,8 @@ class Hyperparameters:
         gradient_accumulation_steps: Calls per update, at least 2; None for an update at each call.
         momentum_decay: How fast the momentum warms up: 1 is Keras, 0.004 PyTorch, infinity optax.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows changes nothing.
+        coupled_weight_decay: Whether weight_decay times the parameter is instead added to the gradient (L2).
+        maximize: Whether to go up the gradient.
         spelling: What the host calls these, where it calls them otherwise; for the messages.
 
     Raises:
@@ -84,6 +87,8 @@ class Hyperparameters:
     gradient_accumulation_steps: int | None = None
     momentum_decay: float = 1.0
     skip_nonfinite: bool = False
+    coupled_weight_decay: bool = False
+    maximize: bool = False
     spelling: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What `at` gives when nothing is computed; it is asked at every step.
     _constant: Now | None = field(init=False, repr=False, compare=False)

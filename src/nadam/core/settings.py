@@ -12,7 +12,9 @@ from nadam.core.saving import from_config, to_config
 # What Keras calls the hyperparameters that have another name in `core`.
 SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
 # What a user sets; the rest of the dataclass takes no part in comparisons.
-_FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare)
+# What Keras's constructor has no argument for is the PyTorch host's.
+_PYTORCHS = {"coupled_weight_decay", "maximize"}
+_FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare and field.name not in _PYTORCHS)
 
 
 class _Setting:

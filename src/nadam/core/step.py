@@ -5,6 +5,7 @@ gradient -> unscale -> accumulate -> clip factor -> ONE pass: decay, moments, st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,26 +40,44 @@ class StepReport(NamedTuple):
     skipped: bool = False
 
 
+class Part(NamedTuple):
+    """Parameters with settings and counters in common.
+
+    Attributes:
+        h: What the user set; clipping, accumulation, averaging and skipping are the same for all parts of a step.
+        now: What of it this call uses.
+        clock: How far they are; advanced.
+        plan: The tensors that have a gradient, and the passes over them.
+    """
+
+    h: Hyperparameters
+    now: Now
+    clock: Clock
+    plan: Plan
+
+
+Combine = Callable[[list[float], bool], tuple[list[float], bool]]
+
+
 def step(
-    h: Hyperparameters, now: Now, clock: Clock, plan: Plan, *, loss_scale: float, must_be_finite: bool = False
+    parts: Sequence[Part], *, loss_scale: float, must_be_finite: bool = False, combine: Combine | None = None
 ) -> StepReport:
     """Do one call: an update, or one more gradient for the accumulators.
 
     Args:
-        h: What the user set.
-        now: What of it this call uses.
-        clock: How far the run is; advanced.
-        plan: The tensors that have a gradient, and the passes over them.
+        parts: What is to move; at least one.
         loss_scale: What the gradients are divided by.
         must_be_finite: Whether NaN or infinity skips the call even without ``skip_nonfinite``.
+        combine: Where other processes hold the rest of the tensors: (norms, whether all values passed) of this one's
+            share -> of the whole.
 
     Returns:
         What it did.
     """
-    calls, commit = clock.calls, clock.commitment
+    h, now, clock, _ = parts[0]
     accumulation_steps = h.gradient_accumulation_steps or 1
     accumulating = accumulation_steps > 1
-    updates, position = divmod(calls, accumulation_steps)
+    updates, position = divmod(clock.calls, accumulation_steps)
     updating = position == accumulation_steps - 1
     unscale = 1.0 / loss_scale
 
@@ -66,15 +85,19 @@ def step(
     check = Check.SQUARES_FINITE if h.skip_nonfinite else Check.FINITE if must_be_finite else Check.NOTHING
     norms: list[float] = []
     if clipping or check is not Check.NOTHING:
-        norms, passed = plan.measure(unscale, accumulating and updating, check)
+        norms, passed = _measure(parts, unscale, accumulating and updating, check)
+        if combine is not None:
+            norms, passed = combine(norms, passed)
         if not passed:
-            clock.skip()
+            for part in parts:
+                part.clock.skip()
             return StepReport(updates, now.lr, None, None, clock.skipped, skipped=True)
 
     if not updating:
-        clock.prepare_accumulation(plan.members)
-        plan.accumulate(unscale, commit)
-        clock.commit()
+        for part in parts:
+            part.clock.prepare_accumulation(part.plan.members)
+            part.plan.accumulate(unscale, part.clock.commitment)
+            part.clock.commit()
         return StepReport(updates, now.lr, None, None, clock.skipped)
 
     spread = 1.0 / accumulation_steps if accumulating else unscale
@@ -87,6 +110,30 @@ def step(
     elif h.global_clipnorm is not None and grad_norm is not None:
         factor = global_clip_factor(grad_norm, h.global_clipnorm)
         grad_factors = spread * factor
+    done = 0
+    for part in parts:
+        own = grad_factors
+        if isinstance(own, list):
+            own, done = own[done : done + len(part.plan.members)], done + len(part.plan.members)
+        _update(part, own, unscale if accumulating else None)
+    return StepReport(updates + 1, now.lr, grad_norm, factor, clock.skipped)
+
+
+def _measure(parts: Sequence[Part], unscale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
+    if len(parts) == 1:
+        return parts[0].plan.measure(unscale, accumulated, check)
+    norms, all_passed = [], True
+    for part in parts:
+        own, passed = part.plan.measure(unscale, accumulated, check)
+        norms += own
+        all_passed = all_passed and passed
+    return norms, all_passed
+
+
+def _update(part: Part, grad_factors: list[float] | float, unscale: float | None) -> None:
+    """One update of one part; ``unscale`` is for a gradient that an accumulator is added to."""
+    h, now, clock, plan = part
+    updates = clock.calls // (h.gradient_accumulation_steps or 1)
     c, momentum_product = coefficients(
         updates + 1,
         lr=now.lr,
@@ -96,15 +143,18 @@ def step(
         momentum_decay=h.momentum_decay,
         momentum_product=clock.momentum_product,
     )
-    clock.prepare_update(momentum_product, accumulating)
+    if h.maximize:
+        grad_factors = -grad_factors if isinstance(grad_factors, float) else [-factor for factor in grad_factors]
+    clock.prepare_update(momentum_product, unscale is not None)
     plan.update(
         c,
         grad_factors=grad_factors,
-        decay=now.lr * (h.weight_decay or 0.0),
-        unscale=unscale if accumulating else None,
+        decay=(1.0 if h.coupled_weight_decay else now.lr) * (h.weight_decay or 0.0),
+        coupled=h.coupled_weight_decay and bool(h.weight_decay),
+        unscale=unscale,
         clipvalue=h.clipvalue if h.clipvalue is not None else inf,
         averaging=averaging(h.ema_momentum, h.ema_overwrite_frequency, updates + 1) if h.use_ema else None,
-        commit=commit,
+        commit=clock.commitment,
+        step=updates + 1,
     )
     clock.commit()
-    return StepReport(updates + 1, now.lr, grad_norm, factor, clock.skipped)

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from nadam.core.average import averaging
 from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED, Clock
-from nadam.core.step import StepReport, step
+from nadam.core.step import Part, StepReport, step
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Backend, Optimizer
 from nadam.keras.slots import checked_gradient
@@ -36,7 +36,8 @@ class Call:
                 if variable is not None and not variable._value.is_contiguous():
                     variable._value.data = variable._value.data.contiguous()
             state = [None if v is None else v._value for v in slot[:5]]
-            rows.append(tensors.Slot._make([slot.variable.path, *state, slot.decays, slot.variable.constraint is None]))
+            averaged = slot.variable.constraint is None
+            rows.append(tensors.Slot._make([slot.variable.path, *state, slot.decays, averaged, None]))
         self.values = [row.param for row in rows]
         self.plan = tensors.TensorPlan(rows, grads, members)
         self.kept: Any = None  # gradients that are copies of the caller's
@@ -100,7 +101,7 @@ class TorchBackend(Backend):
         call = _call_for(optimizer, members, grads)
         runtime.unsettled = True
         try:
-            report = step(h, now, clock, call.plan.plan, loss_scale=h.loss_scale_factor or 1.0)
+            report = step([Part(h, now, clock, call.plan.plan)], loss_scale=h.loss_scale_factor or 1.0)
         finally:
             self.settle(optimizer)
             increment_version(call.values)

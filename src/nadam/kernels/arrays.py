@@ -13,11 +13,12 @@ from nadam.core.rebind import rebind
 class Mathematics(NamedTuple):
     """The functions of a step on the arrays of one library; they give new arrays.
 
-    The first three are elementwise; the others take and give scalars, traced or not.
+    The first four are elementwise; the others take and give scalars, traced or not.
     """
 
     update: Callable[..., Any]
     limit: Callable[..., Any]
+    coupled: Callable[..., Any]
     average: Callable[..., Any]
     coefficients: Callable[..., Any]
     averaging: Callable[..., Any]
@@ -54,6 +55,7 @@ def mathematics(xp: Any) -> Mathematics:
     return Mathematics(
         update=rebind(rule.update, sqrt=xp.sqrt),
         limit=rebind(gradient.limit, **limits),
+        coupled=rebind(gradient.coupled),
         average=rebind(average.average),
         coefficients=rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **scalars),
         averaging=rebind(average.averaging, where=xp.where, Averaging=average.Averaging),

@@ -25,6 +25,7 @@ from nadam.kernels.spans import CHUNK, CHUNK_COLUMNS, COLUMNS, COMPUTE_DTYPE
 
 # Scratch memory of a call in words: as in xla.py, and for each chunk what `measure` sums up.
 FIXED, PER_CHUNK = 32, CHUNK_COLUMNS + 2
+FORMATS = {"float16", "bfloat16", "float32", "float64"}
 Array = Any
 
 
@@ -48,7 +49,7 @@ def one_pass(h: Hyperparameters, p: Pass, tensors: Sequence[Tensor], traits: Seq
     alike: dict[tuple[str, str], list[int]] = {}
     for i, (tensor, grad, trait) in enumerate(zip(tensors, p.gradients, traits, strict=True)):
         formats = dtype_of(tensor.param), "" if grad is None else dtype_of(grad)
-        if trait.constraint is None and set(formats) <= COMPUTE_DTYPE.keys():
+        if trait.constraint is None and set(formats) <= FORMATS:
             alike.setdefault(formats, []).append(i)
     done = {}
     for formats, members in alike.items():
@@ -88,7 +89,7 @@ def measure(
         the kernel cannot: in float64, where its sums may overflow, and of more than one format.
     """
     formats = {(dtype_of(grad), dtype_of(tensor.exp_avg)) for grad, tensor in zip(grads, tensors, strict=True)}
-    if len(formats) != 1 or not formats <= {(name, "float32") for name in COMPUTE_DTYPE}:
+    if len(formats) != 1 or not formats <= {(name, "float32") for name in FORMATS}:
         return None
     ((grad_format, own),) = formats
     counted, largest = check is not Check.NOTHING, largest_passing(own, check)

@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import float32, float64, njit, types, uint16, uint32
 from numba.extending import intrinsic
 
+from nadam.kernels.spans import SPLIT
+
 _SMALLEST_NORMAL_HALF = 2.0**-14
 
 
@@ -66,6 +68,50 @@ def narrow_bfloat16_plain(value):
 
 
 @njit(inline="always")
+def scattered(index, key):
+    """32 bits for an element of a tensor that look like chance, from its index and a key of this tensor and step.
+
+    A finalizer of the kind of murmur3's, with the constants that Wellons found (lowbias32).
+    """
+    x = uint32(uint32(index) * uint32(0x9E3779B9)) ^ uint32(key)
+    x = uint32(uint32(x ^ uint32(x >> uint32(16))) * uint32(0x7FEB352D))
+    x = uint32(uint32(x ^ uint32(x >> uint32(15))) * uint32(0x846CA68B))
+    return uint32(x ^ uint32(x >> uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16_by_chance(value, bits32):
+    """float32 -> bfloat16 bits: up or down, the likelier the nearer, so that the mean of many is the number itself."""
+    bits = bits_of_float(value)
+    rounded = uint32(bits + uint32(bits32 >> uint32(16)))
+    quiet = uint32(bits | uint32(0x00400000))
+    finite = uint32(bits & uint32(0x7F800000)) != uint32(0x7F800000)
+    return uint16(uint32(choose(finite, rounded, choose(value != value, quiet, bits)) >> uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16_split(value):
+    """float32 -> bfloat16 bits, to nearest, halves away from zero: what is missing then fits into 16 signed bits."""
+    bits = bits_of_float(value)
+    rounded = uint32(bits + uint32(0x8000))
+    return uint16(uint32(choose(value != value, uint32(0x7FC00000), rounded) >> uint32(16)))
+
+
+@njit(inline="always")
+def rest_of_bfloat16(value, half):
+    """The 16 bits by which `join_bfloat16` gets the float32 back from its bfloat16."""
+    return uint16(uint32(choose(value != value, uint32(0), bits_of_float(value)) & uint32(0xFFFF)))
+
+
+@njit(inline="always")
+def join_bfloat16(half, rest):
+    """The float32 that was split: half a unit of the bfloat16 or more in the rest means that it was rounded up."""
+    upper = uint32(uint32(half) << uint32(16))
+    carried = uint32(uint32(rest) >> uint32(15))
+    return float_from_bits(uint32(uint32(upper - uint32(carried << uint32(16))) | uint32(rest)))
+
+
+@njit(inline="always")
 def widen_float16(bits):
     """IEEE half bits -> float32, exact; also where the processor takes subnormal numbers for zero, as within XLA."""
     magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
@@ -114,6 +160,7 @@ class Format(NamedTuple):
 FORMATS = {
     "float16": Format(types.uint16, 2, widen_float16, narrow_float16),
     "bfloat16": Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
+    SPLIT: Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16_split),
     "float32": Format(types.float32, 4, to_float32, to_float32),
     "float64": Format(types.float64, 8, to_float64, to_float64),
 }

@@ -115,7 +115,10 @@ def refresh(source: str) -> Any:
                     high = middle
             if low > 0 and highs[low - 1] > address + wanted[LOW]:
                 return
-            table[(t - n) * COLUMNS + GRAD if is_grad else t * COLUMNS + PARAM] = address
+            if is_grad:
+                table[(t - n) * COLUMNS + GRAD] = address
+            elif table[t * COLUMNS + PARAM] != address:  # its memory was exchanged
+                return
         b[MISMATCH] = -1
 
     return kernel

@@ -134,10 +134,10 @@ class Headers:
         self._kernel = kernel
 
     def refresh(self, identities: NDArray[np.int64]) -> bool:
-        """Put the addresses of the parameters and of the gradients that have these identities into the table.
+        """Put the addresses of the gradients that have these identities into the table.
 
         Returns:
-            Whether all of them lie as expected; if not, the table is not to be used.
+            Whether they, and the parameters, lie as expected; if not, the table is not to be used.
         """
         self._grads[:] = identities
         self._kernel(self._address, 0)

@@ -220,5 +220,5 @@ def _environment() -> str:
 
 def _mathematics() -> str:
     """The functions that are compiled into the passes, as they are now."""
-    codes = [function.__code__ for function in (rule.update, gradient.limit, average.average)]
+    codes = [function.__code__ for function in (rule.update, gradient.limit, gradient.coupled, average.average)]
     return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])

@@ -10,11 +10,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from numba import float64, int64, njit
+from numba import float64, int64, njit, uint16, uint32
 
 from nadam.core import average, gradient, rule
 from nadam.core.rebind import rebind
-from nadam.kernels.formats import CASTS, FORMATS, narrow_bfloat16_plain
+from nadam.kernels.formats import (
+    CASTS,
+    FORMATS,
+    join_bfloat16,
+    narrow_bfloat16_by_chance,
+    narrow_bfloat16_plain,
+    rest_of_bfloat16,
+    scattered,
+    widen_bfloat16,
+)
 from nadam.kernels.memory import PIECE, access, doubles, fetch_add, integers, pointer_to
 from nadam.kernels.spans import (
     ACCUMULATOR,
@@ -36,7 +45,9 @@ from nadam.kernels.spans import (
     NUM_CHUNKS,
     PARAM,
     PARAM_LAYOUT,
+    REMAINDER,
     ROWS,
+    SPLIT,
     START,
     STOP,
     TENSOR,
@@ -49,6 +60,9 @@ KEEP_NAN = {"contract", "nsz", "arcp"}
 COST_OF_STRIDED = 16
 # Sums of squares may be taken in any order within a chunk: that order is the compiler's, the same on every run.
 ANY_ORDER = {"contract", "nsz", "reassoc"}
+
+
+halves, keys = pointer_to(uint16), pointer_to(uint32)
 
 
 @njit(inline="always")
@@ -96,7 +110,15 @@ def shared(body: Callable[..., Any]) -> Any:
     return kernel
 
 
-def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bool, averaged: bool) -> Any:
+def one_pass(
+    param_format: str,
+    grad_format: str,
+    accumulated: bool,
+    limited: bool,
+    averaged: bool,
+    coupled: bool = False,
+    rounded: bool = False,
+) -> Any:
     """The kernel that updates parameters, moments and average in one pass over memory.
 
     Args:
@@ -105,8 +127,10 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
         accumulated: Whether to add the accumulator to the gradient, and clear it.
         limited: Whether to limit each element of the gradient.
         averaged: Whether to keep the moving average of the parameters.
+        coupled: Whether weight decay is added to the gradient instead.
+        rounded: Whether the first moment is kept in bfloat16, rounded by chance.
     """
-    compute = COMPUTE_DTYPE[param_format]
+    compute, split = COMPUTE_DTYPE[param_format], param_format == SPLIT
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
     widen, narrow = FORMATS[param_format].widen, FORMATS[param_format].narrow
     if param_format == grad_format == "bfloat16":
@@ -118,10 +142,11 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
     width = FORMATS[compute].width
     update = njit(rebind(rule.update, sqrt=math.sqrt), inline="always", fastmath=KEEP_NAN)
     limit = njit(rebind(gradient.limit, minimum=minimum, maximum=maximum), inline="always", fastmath=KEEP_NAN)
+    penalized = njit(rebind(gradient.coupled), inline="always", fastmath=KEEP_NAN)
     moving = njit(rebind(average.average), inline="always", fastmath=KEEP_NAN)
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(p, g, m, v, e, a, n, s, factor, decay, overwrite):
+    def elements(p, r, g, m, v, e, a, n, s, factor, decay, overwrite, start, key):
         w1, w2, exp_avg_step, grad_step, eps = s[0], s[1], s[2], s[3], s[4]
         unscale, clipvalue, ema_momentum, ema_weight = s[5], s[6], s[7], s[8]
         for i in range(n):
@@ -132,22 +157,36 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
             grad = grad * factor
             if limited:
                 grad = limit(grad, clipvalue)
-            param, m[i], v[i] = update(widen(p[i]), grad, m[i], v[i], decay, w1, w2, exp_avg_step, grad_step, eps)
+            param = join_bfloat16(p[i], r[i]) if split else widen(p[i])
+            if coupled:
+                grad = penalized(grad, param, decay)
+            decoupled = to_compute(0.0) if coupled else decay
+            old = widen_bfloat16(m[i]) if rounded else m[i]
+            param, new, v[i] = update(param, grad, old, v[i], decoupled, w1, w2, exp_avg_step, grad_step, eps)
+            m[i] = narrow_bfloat16_by_chance(new, scattered(start + i, key)) if rounded else new
             stored = narrow(param)
+            if split:
+                r[i] = rest_of_bfloat16(param, stored)
             if averaged:
-                e[i] = moving(e[i], widen(stored), ema_momentum, ema_weight)
+                e[i] = moving(e[i], param if split else widen(stored), ema_momentum, ema_weight)
                 if overwrite:
                     stored = narrow(e[i])
+                    if split:
+                        r[i] = rest_of_bfloat16(e[i], stored)
             p[i] = stored
 
     @njit(error_model="numpy", _nrt=False)
     def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
         p = open_param(row[PARAM], param_layout, start, count, param_scratch())
+        r = halves(row[REMAINDER] + start * 2)
         g = open_grad(row[GRAD], grad_layout, start, count, grad_scratch())
-        m, v = values(row[EXP_AVG] + start * width), values(row[EXP_AVG_SQ] + start * width)
+        m = halves(row[EXP_AVG] + start * 2) if rounded else values(row[EXP_AVG] + start * width)
+        v = values(row[EXP_AVG_SQ] + start * width)
         e, a = values(row[EMA] + start * width), values(row[ACCUMULATOR] + start * width)
         factor, decay = values(b[EXTRA])[tensor], values(b[EXTRA + 1])[tensor]
-        elements(p, g, m, v, e, a, count, values(b[EXTRA + 2]), factor, decay, b[EXTRA + 3] != 0)
+        key = keys(b[EXTRA + 4])[tensor] if rounded else uint32(0)
+        scalars, overwrite = values(b[EXTRA + 2]), b[EXTRA + 3] != 0
+        elements(p, r, g, m, v, e, a, count, scalars, factor, decay, overwrite, start, key)
         close_param(p, row[PARAM], param_layout, start, count)
 
     return shared(body)

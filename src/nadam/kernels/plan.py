@@ -26,16 +26,24 @@ class Group(NamedTuple):
     averaged: bool = True  # whether the pass keeps the moving average, or the host does after it
 
 
+def keys(seed: int, step: int, members: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """A key for each tensor and step, from which the rounding by chance of each of its elements follows."""
+    state = np.random.SeedSequence([seed, step]).generate_state(2)
+    made: NDArray[np.uint32] = state[0] + members.astype(np.uint32) * (state[1] | np.uint32(1))
+    return made
+
+
 class Plan:
     """The tensors of one call.
 
     Args:
         groups: Their tables; each tensor is in one.
         members: Which of the optimizer's parameters they are.
+        seed: Of the rounding by chance, where there is any.
     """
 
-    def __init__(self, groups: Sequence[Group], members: NDArray[np.int64]) -> None:
-        self.groups, self.members = groups, members
+    def __init__(self, groups: Sequence[Group], members: NDArray[np.int64], seed: int = 0) -> None:
+        self.groups, self.members, self.seed = groups, members, seed
 
     def measure(self, unscale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
         """Read the gradients once.
@@ -77,24 +85,30 @@ class Plan:
         *,
         grad_factors: Sequence[float] | float,
         decay: float,
+        coupled: bool = False,
         unscale: float | None,
         clipvalue: float,
         averaging: Averaging | None,
         commit: Commit,
+        step: int = 0,
     ) -> None:
         """The one pass.
 
         Args:
             c: This step's scalars.
             grad_factors: What multiplies the gradient of each tensor, or one factor for all.
-            decay: lr * weight_decay.
+            decay: lr * weight_decay; weight_decay, where it is coupled.
+            coupled: Whether decay times the parameter is added to the gradient instead.
             unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
             clipvalue: Largest magnitude of an element of the gradient, infinity for any.
             averaging: How the moving average moves; None where there is none.
             commit: The counters before and after.
+            step: Number of this update; what is rounded by chance depends on it.
         """
         for table, members, decays, averaged in self.groups:
+            if table.rounded:
+                table.keys[:] = keys(self.seed, step, self.members[members])
             same = isinstance(grad_factors, float)
             table.set_multipliers(grad_factors if same else np.take(grad_factors, members).tolist(), decay, decays)
             moving = averaging if averaged else None
-            table.update(c, unscale=unscale, clipvalue=clipvalue, averaging=moving, commit=commit)
+            table.update(c, coupled=coupled, unscale=unscale, clipvalue=clipvalue, averaging=moving, commit=commit)

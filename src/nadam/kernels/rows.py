@@ -33,6 +33,8 @@ class Memory(NamedTuple):
     accumulator: Array | None
     decays: bool
     averaged: bool = True
+    remainder: Array | None = None  # of a parameter that is SPLIT
+    rounded: bool = False  # whether the first moment is bfloat16
 
 
 def groups(
@@ -45,11 +47,11 @@ def groups(
         keep: What owns the memory.
         default_threads: As of `Table`.
     """
-    alike: dict[tuple[str, str, bool], list[int]] = {}
+    alike: dict[tuple[str, str, bool, bool], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.param_format, tensor.grad_format, tensor.averaged), []).append(i)
+        alike.setdefault((tensor.param_format, tensor.grad_format, tensor.averaged, tensor.rounded), []).append(i)
     made = []
-    for (param_format, grad_format, averaged), members in alike.items():
+    for (param_format, grad_format, averaged, rounded), members in alike.items():
         rows = np.zeros((len(members), spans.COLUMNS), np.int64)
         sizes, layouts = [], []
         for row, i in zip(rows, members, strict=True):
@@ -59,10 +61,11 @@ def groups(
             row[spans.PARAM], row[spans.GRAD] = address(tensor.param), address(tensor.grad)
             row[spans.EXP_AVG], row[spans.EXP_AVG_SQ] = address(tensor.exp_avg), address(tensor.exp_avg_sq)
             row[spans.EMA] = 0 if tensor.ema is None else address(tensor.ema)
+            row[spans.REMAINDER] = 0 if tensor.remainder is None else address(tensor.remainder)
             row[spans.ACCUMULATOR] = 0 if tensor.accumulator is None else address(tensor.accumulator)
             row[spans.PARAM_LAYOUT], row[spans.GRAD_LAYOUT] = address(layouts[-2]), address(layouts[-1])
             sizes.append(tensor.param.size * (2 if tensor.param.dtype.kind == "c" else 1))
-        table = Table(param_format, grad_format, Tensors(rows, sizes, (keep, layouts)), default_threads)
+        table = Table(param_format, grad_format, Tensors(rows, sizes, (keep, layouts)), default_threads, rounded)
         decays = np.array([float(tensors[i].decays) for i in members])
         made.append(Group(table, np.array(members, np.int64), decays, averaged))
     return made

@@ -13,11 +13,13 @@ CHUNK = 1 << 15  # elements; 128 KiB of float32: small enough to share out evenl
 
 # What a kernel computes in, by the format of the parameters; moments, accumulator and average are kept in it.
 COMPUTE_DTYPE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+SPLIT = "bfloat16+16"  # float32 in two halves: a bfloat16 parameter, and the remainder in memory of its own
+COMPUTE_DTYPE[SPLIT] = "float32"
 
 # A row per tensor: addresses of its memory, and of the layouts of parameter and gradient (dimensions, or -1 for dense;
 # sizes; strides in bytes).
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, PARAM_LAYOUT, GRAD_LAYOUT = range(8)
-COLUMNS = 8
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, REMAINDER, PARAM_LAYOUT, GRAD_LAYOUT = range(9)
+COLUMNS = 9
 # A row per chunk: which tensor, first element, number of elements.
 TENSOR, START, COUNT = range(3)
 CHUNK_COLUMNS = 3

@@ -31,13 +31,19 @@ class Table:
     """Tensors with one parameter format and one gradient format, cut into chunks, and the passes over them.
 
     Not for two threads at once. The arguments of its kernels live in buffers that it reuses, so that a step allocates
-    nothing. ``default_threads`` tells how many threads a framework uses, where nobody asks for another number.
+    nothing. ``default_threads`` tells how many threads a framework uses, where nobody asks for another number;
+    ``rounded`` whether the first moments are bfloat16.
     """
 
     def __init__(
-        self, param_format: str, grad_format: str, tensors: Tensors, default_threads: Callable[[], int] | None = None
+        self,
+        param_format: str,
+        grad_format: str,
+        tensors: Tensors,
+        default_threads: Callable[[], int] | None = None,
+        rounded: bool = False,
     ) -> None:
-        self.param_format, self.grad_format = param_format, grad_format
+        self.param_format, self.grad_format, self.rounded = param_format, grad_format, rounded
         self._default_threads = default_threads
         self.rows, self.sizes, self.keep = tensors
         self.compute = spans.COMPUTE_DTYPE[param_format]
@@ -55,7 +61,8 @@ class Table:
         self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
         self._control = np.zeros(2, np.int64)
         self._shared = self._control.data  # the same, faster to read
-        self._update_block = self._block(self._factors, self._decays, self._scalars, None)
+        self.keys = np.zeros(n, np.uint32)  # of the first moments' rounding by chance, new at every step
+        self._update_block = self._block(self._factors, self._decays, self._scalars, None, self.keys)
         self._accumulate_block = self._block(self._bounds)
         self._measure_block = self._block(self._bounds, self._scale, self._totals, self._outside)
         gradient = (grad_format, self.compute)
@@ -122,6 +129,7 @@ class Table:
         self,
         c: Coefficients,
         *,
+        coupled: bool,
         unscale: float | None,
         clipvalue: float,
         averaging: Averaging | None,
@@ -131,6 +139,7 @@ class Table:
 
         Args:
             c: This step's scalars.
+            coupled: Whether decay is of the gradient.
             unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
             clipvalue: Largest magnitude of an element of the gradient, infinity for any.
             averaging: How the moving average moves; None where there is none.
@@ -141,7 +150,7 @@ class Table:
         rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
         self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
         self._update_block[0][spans.EXTRA + 3] = overwrite
-        variant = (unscale is not None, clipvalue < inf, averaging is not None)
+        variant = (unscale is not None, clipvalue < inf, averaging is not None, coupled, self.rounded)
         self._run(self._update_block, commit, "one_pass", *variant)
 
 

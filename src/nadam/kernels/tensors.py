@@ -17,7 +17,7 @@ from nadam.kernels import native
 from nadam.kernels.layouts import Headers, bounds, expectation, overlaps_itself
 from nadam.kernels.plan import Group, Plan
 from nadam.kernels.rows import LARGE, SHIFT, Memory, groups
-from nadam.kernels.spans import GRAD, PARAM
+from nadam.kernels.spans import GRAD, PARAM, SPLIT
 
 FORMATS = {
     torch.float16: "float16",
@@ -49,6 +49,7 @@ class Slot(NamedTuple):
     accumulator: torch.Tensor | None
     decays: bool
     averaged: bool  # by the pass, or by the host after it
+    remainder: torch.Tensor | None = None  # int16: with the bfloat16 parameter the two halves of a float32
 
 
 def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
@@ -69,12 +70,13 @@ class TensorPlan:
         slots: The parameters that have a gradient, with their state.
         grads: Their gradients: tensors on the CPU in one of the FORMATS.
         members: Which of the optimizer's parameters they are.
+        seed: As of `Plan`.
 
     Raises:
         ValueError: A gradient of another shape, or memory that overlaps.
     """
 
-    def __init__(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], members: Sequence[int]) -> None:
+    def __init__(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], members: Any, seed: int = 0) -> None:
         self._names = [slot.name for slot in slots]
         tensors, written = [], []
         for slot, grad in zip(slots, grads, strict=True):
@@ -85,16 +87,20 @@ class TensorPlan:
             if overlaps_itself(param):
                 raise ValueError(f"{slot.name}: elements of the variable share memory, as in one that was expanded")
             state = [None if tensor is None else _array(tensor) for tensor in slot[2:6]]
-            formats = FORMATS[slot.param.dtype], FORMATS[grad.dtype]
-            tensors.append(Memory._make([*formats, param, _array(grad), *state, slot.decays, slot.averaged]))
-            written += [(*bounds(array), slot.name) for array in (param, *state) if array is not None and array.size]
+            rest = None if slot.remainder is None else _array(slot.remainder)
+            formats = FORMATS[slot.param.dtype] if rest is None else SPLIT, FORMATS[grad.dtype]
+            rounded = slot.exp_avg.dtype == torch.bfloat16
+            fields = [*formats, param, _array(grad), *state, slot.decays, slot.averaged, rest, rounded]
+            tensors.append(Memory._make(fields))
+            changed = [array for array in (param, *state, rest) if array is not None and array.size]
+            written += [(*bounds(array), slot.name) for array in changed]
         written.sort()
         self._lows, self._highs = (np.array([part[end] for part in written], np.int64) for end in (0, 1))
         for (_, high, first), (low, _, second) in pairwise(written):
             if high > low:
                 raise ValueError(f"{first} and {second}: the variables share memory")
         made = groups(tensors, list(slots), torch.get_num_threads)
-        self.plan = Plan(made, np.array(members, np.int64))
+        self.plan = Plan(made, np.array(members, np.int64), seed)
         self._params = [slot.param for slot in slots]
         addresses = _addresses(grads)
         ends = [bounds(tensor.grad) for tensor in tensors]
@@ -109,7 +115,9 @@ class TensorPlan:
         if len(grads) != len(self._names) or not set(map(type, grads)) <= {torch.Tensor, torch.nn.Parameter}:
             return False
         try:
-            return self._fits(grads) and not any(grads[i].is_neg() for i in self._perhaps_negative)
+            if not self._fits(grads):
+                return False
+            return not (self._perhaps_negative and any(grads[i].is_neg() for i in self._perhaps_negative))
         except RuntimeError:  # a sparse tensor has no address
             return False
 
@@ -124,19 +132,17 @@ class TensorPlan:
             params = [self._params[i] for i in group.members]
             expected = [_expected(tensors[i].param, self._params[i]) for i in group.members]
             expected += [_expected(tensors[i].grad, grads[i]) for i in group.members]
+            group.table.rows[:, PARAM] = _addresses(params)  # 0 for one without elements
             headers = Headers(kernel, params, expected, group.table.rows, written, function)
             if not headers.refresh(np.array([id(grads[i]) for i in group.members], np.int64)):
                 return None
-            checks.append((group.members, headers, group.table.rows, group.table.rows[:, PARAM].copy()))
+            checks.append((group.members, headers))
 
         def alike(grads: Sequence[torch.Tensor]) -> bool:
             identities = np.fromiter(map(id, grads), np.int64, len(grads))
-            for members, headers, rows, params in checks:
-                if not headers.refresh(identities if len(checks) == 1 else identities[members]):
-                    return False
-                if (rows[:, PARAM] != params).any():  # their data were exchanged
-                    return False
-            return True
+            if len(checks) == 1:
+                return checks[0][1].refresh(identities)
+            return all(headers.refresh(identities[members]) for members, headers in checks)
 
         return alike
 

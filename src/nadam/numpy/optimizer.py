@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
 from nadam.core.settings import SPELLING, Settings
-from nadam.core.step import StepReport, step
+from nadam.core.step import Part, StepReport, step
 from nadam.numpy.parameters import Exclusion, Parameters
 
 Number = float | Callable[[], float]
@@ -257,9 +257,8 @@ class Nadam(Settings):
             self._parameters = parameters
             self._busy = True
             try:
-                report = step(
-                    self._hyper, now, parameters.clock, plan, loss_scale=loss_scale, must_be_finite=must_be_finite
-                )
+                part = Part(self._hyper, now, parameters.clock, plan)
+                report = step([part], loss_scale=loss_scale, must_be_finite=must_be_finite)
             finally:
                 self._busy = False
             self.last_step = report

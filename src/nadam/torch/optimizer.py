@@ -1,0 +1,418 @@
+"""`NAdam`: what a user of PyTorch sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.step import Part, StepReport, step
+from nadam.torch import batches, settings, state
+from nadam.torch.arrays import Row, differentiable_step, joined, store
+from nadam.torch.sharding import combiner, local
+
+POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
+
+
+class NAdam(Optimizer):  # type: ignore[misc]
+    """Nadam in the place of `torch.optim.NAdam`: the same arguments, numbers, groups and state, in one pass.
+
+        momentum        = beta1 * (1 - 0.96**(step * momentum_decay) / 2)
+        exp_avg        += (grad - exp_avg) * (1 - beta1)
+        exp_avg_sq     += (grad**2 - exp_avg_sq) * (1 - beta2)
+        m_hat           = next_momentum * exp_avg / (1 - mu_product * next_momentum)
+                          + (1 - momentum) * grad / (1 - mu_product)
+        param          -= lr * m_hat / (sqrt(exp_avg_sq / (1 - beta2**step)) + eps)
+
+    Moments of float16 and bfloat16 parameters are float32. The gradients are left as found.
+
+    Args:
+        params: Parameters, named parameters or dicts of them with settings of their own. float16, bfloat16, float32,
+            float64 or complex, of any strides.
+        lr: Learning rate, >= 0: a number or a tensor of one element.
+        betas: Decay rates of the two moments, each in [0, 1).
+        eps: Added outside the square root of the bias-corrected second moment, >= 0.
+        weight_decay: Of L2 kind, >= 0: weight_decay times the parameter is added to the gradient.
+        momentum_decay: How fast the momentum warms up, >= 0.
+        decoupled_weight_decay: Whether the parameter is instead multiplied by 1 - lr * weight_decay, before the step.
+        foreach: Accepted and ignored: there is one pass in any case.
+        maximize: Whether to go up the gradient.
+        capturable: Accepted, and ignored on the CPU.
+        differentiable: Whether autograd goes through the step; then without the kernel and without what follows.
+        clipnorm: Largest norm of each gradient, > 0. At most one of the three clips is set.
+        clipvalue: Largest magnitude of each element of a gradient, > 0.
+        global_clipnorm: Largest norm of all gradients of all groups together, > 0.
+        use_ema: Whether to keep a moving average of each parameter: `swap_ema` and `finalize`.
+        ema_momentum: Share of the old average that is kept, in [0, 1].
+        ema_overwrite_frequency: Every so many updates the parameters take their averages; None for never.
+        gradient_accumulation_steps: An update every so many calls of `step`, with the mean of the gradients; at least
+            2, or None.
+        skip_nonfinite: Whether a step whose gradients hold NaN, infinity or a value whose square overflows changes
+            nothing but ``last_step.skipped_steps``.
+        remainder: Whether to keep, beside each bfloat16 parameter, the 16 bits by which it differs from a float32 one:
+            it then moves as a float32 parameter would.
+        exp_avg_dtype: torch.bfloat16 to keep the first moments of all but float64 and complex parameters in two bytes,
+            rounded up or down by chance, so that small changes add up; None for the dtype that is computed in.
+        seed: Of that chance, an integer >= 0; it also depends on the step, so a resumed run goes on alike.
+
+    Raises:
+        ValueError: A value out of its range, or two clips; it is named, with what is allowed.
+        TypeError: A value that is not a number; a parameter of integers.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = NAdam(model.parameters(), lr=0.01, global_clipnorm=1.0)
+        >>> model(torch.ones(4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_step.step
+        1
+
+    Reference:
+        Dozat (2016), Incorporating Nesterov Momentum into Adam.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        skip_nonfinite: bool = False,
+        remainder: bool = False,
+        exp_avg_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        given = locals()
+        self._extras = {name: given[name] for name in settings.EXTRAS}
+        self._measures = clipnorm is not None or global_clipnorm is not None or skip_nonfinite
+        if exp_avg_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"exp_avg_dtype={exp_avg_dtype}: expected torch.bfloat16 or None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: expected an integer, seed >= 0")
+        self._keeping = batches.Keeping(remainder, exp_avg_dtype, seed)
+        self._forget()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        settings.checked(defaults, self._extras)
+        if differentiable and any(value for name, value in self._extras.items() if name != "ema_momentum"):
+            raise ValueError("differentiable=True: expected none of " + ", ".join(settings.EXTRAS))
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drop what was prepared for the parameters and state of before."""
+        self._batches: list[batches.Batch] = []
+        self._settings = settings.Settings(self._extras)
+        self._skipped = 0
+        self._position = 0
+        self.last_step: StepReport | None = None
+        self._lock, self._busy = RLock(), False
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_keeping")}
+        counters = {"_position": self._position, "_skipped": self._skipped}
+        return {**super().__getstate__(), **own, **counters}
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        counters: dict[str, Any] = {name: given[name] for name in ("_position", "_skipped") if name in given}
+        super().__setstate__(given)
+        state.unwrapped(self.state)
+        self._forget()
+        self.__dict__.update(counters)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            self._position = group.pop(POSITION, self._position)
+            self._skipped = group.pop(SKIPPED, self._skipped)
+        h = Hyperparameters(**self._extras)
+        for param, entry in self.state.items():
+            for name in state.SCALARS & entry.keys():
+                entry[name] = torch.as_tensor(entry[name], dtype=torch.float64)
+            if entry and not entry.keys() >= set(batches.extra_state(param, h, self._keeping)):
+                entry.update({**batches.new_state(param, h, self._keeping), **entry})  # that of another optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with settings of their own, as in `torch.optim`.
+
+        Raises:
+            ValueError: A setting out of its range, or a parameter that is in a group already.
+            TypeError: A parameter that is no tensor of real or complex numbers.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            settings.checked(group, self._extras)
+            for i, param in enumerate(group["params"]):
+                if param.dtype not in batches.TRAINABLE:
+                    raise TypeError(
+                        f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
+                    )
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._batches = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: Computes the loss again, and the gradients.
+
+        Returns:
+            What the closure gives; None without one.
+
+        Raises:
+            ValueError: A setting out of its range, or memory that overlaps. Nothing has changed.
+            RuntimeError: A sparse gradient. Nothing has changed.
+        """
+        if torch.compiler.is_dynamo_compiling() or _is_observed(self):
+            return _observed_step(self) if closure is None else _observed_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # or PyTorch would observe it whether anybody looks or not
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.defaults["differentiable"]:
+            self._differentiable_step()
+            return loss
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("step: called from within a step, as by a signal handler")
+            self._busy = True
+            try:
+                self._kernel_step()
+            finally:
+                self._busy = False
+        return loss
+
+    def _kernel_step(self) -> None:
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+        if found is not None and float(found):
+            self._skip()
+            return
+        parts, params = self._parts()
+        if not parts:
+            return
+        try:
+            combine = combiner(params) if self._measures else None
+            report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
+        finally:
+            increment_version(params)
+            self._position = parts[0].clock.calls % (parts[0].h.gradient_accumulation_steps or 1)
+            for batch in self._batches:
+                for cohort in batch.cohorts:
+                    cohort.held = None
+        self._skipped += report.skipped
+        self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
+
+    def _skip(self) -> None:
+        """Count a step that GradScaler found not to be finite."""
+        self._skipped += 1
+        updates = 0 if self.last_step is None else self.last_step.step
+        self.last_step = StepReport(updates, float(self.param_groups[0]["lr"]), None, None, self._skipped, skipped=True)
+
+    def _parts(self) -> tuple[list[Part], list[Tensor]]:
+        """All parameters that have a gradient, with their settings and counters."""
+        for batch in self._batches:
+            if not batch.knows(self.state):
+                self._batches = []
+                break
+        found = []
+        for index, group in enumerate(self.param_groups):
+            h, now = self._settings.now(index, group)
+            known = self._batches[index] if index < len(self._batches) else None
+            grads = None if known is None else known.grads(group["params"])
+            if known is not None and grads is not None:
+                batch = known
+            else:
+                batch = self._batch(group["params"], h)
+                self._batches[index:] = [batch, *self._batches[index + 1 :]]
+                grads = [_gradient(param) for param in batch.params]
+            found.append((h, now, batch, grads))
+        parts: list[Part] = []
+        params: list[Tensor] = []
+        name = type(self).__name__
+        for h, now, batch, grads in found:
+            for cohort, places in zip(batch.cohorts, batch.places, strict=True):
+                own = grads if len(batch.cohorts) == 1 else [grads[i] for i in places]
+                parts.append(Part(h, now, cohort.clock, cohort.planned(own, name)))
+                params += cohort.params
+        return parts, params
+
+    @torch.no_grad()
+    def _batch(self, source: list[Tensor], h: Hyperparameters) -> batches.Batch:
+        """The parameters with a gradient; with accumulation, at an update, also those that had one in its window."""
+        steps = h.gradient_accumulation_steps
+        updating = steps is not None and self._position == steps - 1
+        chosen = [p for p in source if p.grad is not None or (updating and _owed(self.state.get(p)))]
+        for param in chosen:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        states = []
+        for param in chosen:
+            if not self.state[param]:
+                self.state[param] = batches.new_state(param, h, self._keeping)
+            states.append(self.state[param])
+        return batches.Batch(source, chosen, batches.cohorts(chosen, states, h, self._position, self._keeping))
+
+    def _differentiable_step(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            h, now = self._settings.now(index, group)
+            rate = group["lr"]
+            rows = []
+            for param in group["params"]:
+                if param.grad is not None:
+                    if not self.state[param]:
+                        self.state[param] = batches.new_state(param, h, self._keeping)
+                    own = {key: batches.real(value) for key, value in self.state[param].items()}
+                    rows.append(Row(batches.real(param), batches.real(param.grad), own))
+            differentiable_step(h, now._replace(lr=rate), rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
+        for group in self.param_groups:
+            if self._extras["gradient_accumulation_steps"] is not None:
+                group[POSITION] = self._position
+            if self._extras["skip_nonfinite"]:
+                group[SKIPPED] = self._skipped
+        try:
+            return dict(super().state_dict())
+        finally:
+            for group in self.param_groups:
+                group.pop(POSITION, None)
+                group.pop(SKIPPED, None)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of this class or of `torch.optim.NAdam`.
+
+        Moments keep the dtype that they have there, or get a wider one. Where both sides name their parameters, they
+        are matched by name.
+
+        Raises:
+            ValueError: It is another optimizer's, or of other parameters, or damaged; it says what is wrong, and
+                nothing has changed.
+        """
+        self._load(state_dict, lambda _, given: state.checked(self.param_groups, given))
+
+    def load_adam_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of `torch.optim.Adam` or `AdamW`: its moments and steps.
+
+        The momentum product is that of so many steps with the settings here; settings are not taken over.
+
+        Raises:
+            ValueError: As of `load_state_dict`.
+        """
+        self._load(state_dict, lambda _, given: state.of_adam(self.param_groups, given))
+
+    def _load(self, state_dict: Mapping[str, Any], prepare: Callable[[Any, Any], Any]) -> None:
+        handle = self.register_load_state_dict_pre_hook(prepare)  # after the user's own
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the block, parameters have the values of their moving averages.
+
+        Raises:
+            RuntimeError: ``use_ema`` is not set.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = NAdam([weight], use_ema=True)
+            >>> with optimizer.swap_ema():
+            ...     pass  # evaluate
+        """
+        averaged = self._averaged()
+        kept = [joined(param.detach(), entry).clone() for param, entry in averaged]
+        self.finalize()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (param, entry), value in zip(averaged, kept, strict=True):
+                    store(param, entry, value)
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """Set parameters to their moving averages; before the first update nothing happens.
+
+        Raises:
+            RuntimeError: ``use_ema`` is not set.
+        """
+        for param, entry in self._averaged():
+            store(param, entry, entry["ema"])
+
+    def _averaged(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Parameters that have an average, and their state; this process's shares of them."""
+        if not self._extras["use_ema"]:
+            raise RuntimeError("use_ema=False: there is no moving average")
+        entries = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
+        return [
+            (local(param), {name: local(value) for name, value in entry.items()})
+            for param, entry in entries
+            if float(entry["step"]) > 0
+        ]
+
+
+def _is_observed(optimizer: Optimizer) -> bool:
+    """Whether there are hooks around a step, or a profiler."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd._profiler_enabled()
+    )
+
+
+# Dynamo breaks its graph here; PyTorch's own wrapper calls the hooks and names the step to the profiler.
+_observed_step = torch.compiler.disable(Optimizer.profile_hook_step(NAdam._step))
+
+
+def _owed(entry: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter without a gradient had one earlier in this window: it counts as zero now."""
+    return bool(entry) and bool(entry["grad_accumulator"].any())  # type: ignore[index]
+
+
+def _gradient(param: Tensor) -> Tensor:
+    return param.grad if param.grad is not None else torch.zeros((), dtype=param.dtype).expand(param.shape)

@@ -1,0 +1,96 @@
+"""The settings of parameter groups, checked: under PyTorch's names, and with its words where one is out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from nadam.core.hyperparameters import Hyperparameters, Now
+
+# How PyTorch's own class begins the message of an argument out of its range.
+COMPLAINTS = {
+    "lr": "Invalid learning rate",
+    "eps": "Invalid epsilon value",
+    "betas[0]": "Invalid beta parameter at index 0",
+    "betas[1]": "Invalid beta parameter at index 1",
+    "weight_decay": "Invalid weight_decay value",
+    "momentum_decay": "Invalid momentum_decay value",
+}
+SPELLING = {"beta1": "betas[0]", "beta2": "betas[1]", "coupled_weight_decay": "decoupled_weight_decay"}
+# Settings of the whole optimizer, which are not a group's.
+EXTRAS = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "gradient_accumulation_steps",
+    "skip_nonfinite",
+)
+# What of a group seldom changes; schedulers set the learning rate, and one of them a beta, at every step.
+_lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
+
+
+def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparameters:
+    """What a group has set.
+
+    Args:
+        group: Its settings.
+        extras: Those of the whole optimizer.
+
+    Raises:
+        ValueError: One out of its range.
+        TypeError: One that is not a number.
+    """
+    rate = group["lr"]
+    if isinstance(rate, Tensor):
+        if rate.numel() != 1:
+            raise ValueError(f"lr={rate}: Tensor lr must be 1-element")
+        rate = rate.item()
+    try:
+        return Hyperparameters(
+            lr=rate,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum_decay=group["momentum_decay"],
+            coupled_weight_decay=not group["decoupled_weight_decay"],
+            maximize=bool(group["maximize"]),
+            spelling=SPELLING,
+            **extras,
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition("=")
+        value, _, allowed = rest.partition(": ")
+        raise ValueError(f"{COMPLAINTS[name]}: {value}: {allowed}" if name in COMPLAINTS else str(error)) from None
+
+
+class Settings:
+    """What the groups have set, checked again only where it has changed."""
+
+    def __init__(self, extras: Mapping[str, Any]) -> None:
+        self._extras = extras
+        self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters]] = {}
+
+    def now(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Now]:
+        """The settings of the group of this number as they are at this step.
+
+        Raises:
+            ValueError: As of `checked`.
+        """
+        rate, lasting = group["lr"], _lasting(group)
+        if isinstance(rate, Tensor):
+            rate = rate.item() if rate.numel() == 1 else rate
+        known = self._known.get(index)
+        if known is not None and known[0] == lasting:
+            h = known[1]
+            if (rate, *group["betas"]) == (h.lr, h.beta1, h.beta2):
+                return h, h.at(0)
+        h = checked(group, self._extras)
+        self._known[index] = lasting, h
+        return h, h.at(0)

@@ -1,0 +1,155 @@
+"""Checkpoints: what is refused, what is kept as it is, and those of Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nadam.core.coefficients import momentum
+from nadam.torch.sharding import is_sharded, local
+
+# What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
+NADAM, ADAM = ("step", "mu_product", "exp_avg", "exp_avg_sq"), ("step", "exp_avg", "exp_avg_sq")
+SCALARS = {"step", "mu_product"}
+OURS = {"ema", "grad_accumulator", "remainder"}
+
+
+class Kept:
+    """A tensor that PyTorch's loading is not to touch: it would give all state the dtype of the parameter."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...] = NADAM) -> Any:
+    """A checkpoint in the order of these groups, its tensors Kept.
+
+    Raises:
+        ValueError: It is not of these parameters, or not of this optimizer, or damaged; it says what is wrong.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict: no {key!r} in it")
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, not {len(groups)}"
+        )
+    state = {key: dict(entry) if isinstance(entry, Mapping) else entry for key, entry in state_dict["state"].items()}
+    for i, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"param_groups[{i}] has {len(theirs['params'])} parameters, not {len(ours['params'])}"
+            )
+        names, known = theirs.get("param_names"), ours.get("param_names")
+        if names is not None and known is not None and names != known:
+            if sorted(names) != sorted(known):
+                wrong = sorted(set(names) ^ set(known))
+                raise ValueError(
+                    f"param_groups[{i}]: parameters {wrong} are not in both the checkpoint and the optimizer"
+                )
+            order = [names.index(name) for name in known]
+            theirs["params"], theirs["param_names"] = [theirs["params"][j] for j in order], list(known)
+    ids = chain.from_iterable(group["params"] for group in saved)
+    params = chain.from_iterable(group["params"] for group in groups)
+    for key, param in zip(ids, params, strict=True):
+        if key in state:
+            state[key] = _entry(f"state[{key}]", state[key], param, required)
+    return {**state_dict, "state": state, "param_groups": saved}
+
+
+def of_adam(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
+    """A checkpoint of Adam as one of NAdam with the settings of these groups.
+
+    Raises:
+        ValueError: As of `checked`.
+    """
+    made = checked(groups, state_dict, ADAM)
+    for i, (ours, theirs) in enumerate(zip(groups, made["param_groups"], strict=True)):
+        made["param_groups"][i] = {**ours, "params": theirs["params"]}
+        for key in theirs["params"]:
+            entry = made["state"].get(key)
+            if entry:
+                entry.pop("max_exp_avg_sq", None)
+                steps, beta1 = int(entry["step"].tensor), float(ours["betas"][0])
+                product = momentum_product(steps, beta1, float(ours["momentum_decay"]))
+                entry["mu_product"] = Kept(torch.tensor(product, dtype=torch.float64))
+    return made
+
+
+def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> Any:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected a dict, got {type(entry).__name__}")
+    missing = [name for name in required if name not in entry]
+    if missing and entry:
+        raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {_owner(required)}")
+    kept = {}
+    for name, value in entry.items():
+        if name not in {*required, *OURS}:
+            kept[name] = value
+            continue
+        shape = torch.Size() if name in SCALARS else param.shape
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        if name in SCALARS and tensor.numel() == 1:
+            tensor = tensor.reshape(())
+        if tensor.shape != shape:
+            raise ValueError(f"{where}[{name!r}]: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if not bool(torch.isfinite(local(tensor)).all()):
+            raise ValueError(f"{where}[{name!r}]: it holds NaN or infinity")
+        kept[name] = Kept(_placed(name, tensor, param))
+    _check_ranges(where, kept)
+    return kept
+
+
+def _check_ranges(where: str, entry: dict[str, Any]) -> None:
+    step, product, squares = (entry.get(name) for name in ("step", "mu_product", "exp_avg_sq"))
+    if step is not None and (float(step.tensor) < 0 or float(step.tensor) % 1):
+        raise ValueError(f"{where}['step']: {float(step.tensor)}, expected an integer >= 0")
+    if product is not None and not 0 <= float(product.tensor) <= 1:
+        raise ValueError(f"{where}['mu_product']: {float(product.tensor)}, expected 0 <= mu_product <= 1")
+    if squares is not None and not squares.tensor.is_complex() and bool((local(squares.tensor) < 0).any()):
+        raise ValueError(f"{where}['exp_avg_sq']: it holds a negative number")
+
+
+def _placed(name: str, tensor: Tensor, param: Tensor) -> Tensor:
+    """On the parameter's device, in a dtype not narrower than it has."""
+    if name in SCALARS:
+        return tensor.detach().to(torch.float64).clone()
+    wide = torch.promote_types(tensor.dtype, param.dtype) if name not in ("remainder",) else torch.int16
+    if param.dtype in (torch.bfloat16, torch.float16) and name != "remainder":
+        wide = torch.float32
+    if is_sharded(param):
+        return tensor.detach().to(wide)
+    kept = torch.empty_like(param.detach(), dtype=wide, memory_format=torch.preserve_format)
+    return kept.copy_(tensor)
+
+
+def _owner(required: tuple[str, ...]) -> str:
+    return "NAdam" if required is NADAM else "Adam or AdamW"
+
+
+def unwrapped(state: Mapping[Any, Any]) -> None:
+    """Put the tensors that were Kept in their places."""
+    for entry in state.values():
+        if isinstance(entry, dict):
+            entry.update({name: value.tensor for name, value in entry.items() if isinstance(value, Kept)})
+
+
+def momentum_product(steps: int, beta1: float, momentum_decay: float) -> float:
+    """The product of the momenta of so many updates, which Adam does not keep.
+
+    Example:
+        >>> momentum_product(2, 0.9, 1.0) == momentum(0.9, 1.0, 1) * momentum(0.9, 1.0, 2)
+        True
+    """
+    product = 1.0
+    for step in range(1, steps + 1):
+        product *= momentum(beta1, momentum_decay, step)
+        if product == 0.0:
+            break
+    return product

@@ -1,0 +1,50 @@
+"""Runs of an optimizer of PyTorch on seeded gradients, for comparisons."""
+
+import numpy as np
+import torch
+
+SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 2)]
+ULPS = {torch.float32: np.float32, torch.float64: np.float64, torch.complex64: np.float32, torch.complex128: np.float64}
+
+
+def parameters(dtype=torch.float32, seed=0, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=wide).to(dtype)) for s in shapes]
+
+
+class Gradients:
+    """The same ones for all who start with the same seed."""
+
+    def __init__(self, seed=1, scale=1.0):
+        self.generator, self.scale = torch.Generator().manual_seed(seed), scale
+
+    def give(self, params):
+        for param in params:
+            wide = torch.complex128 if param.is_complex() else torch.float64
+            drawn = torch.randn(param.shape, generator=self.generator, dtype=wide) * self.scale
+            param.grad = drawn.to(param.dtype)
+
+
+def train(optimizer, params, steps, gradients=None):
+    gradients = gradients or Gradients()
+    for _ in range(steps):
+        gradients.give(params)
+        optimizer.step()
+
+
+def apart(params, others):
+    """The largest distance, in units of the last place of 1 or of the larger number."""
+    largest = 0.0
+    for param, other in zip(params, others, strict=True):
+        one, two = (np.atleast_1d(t.detach().resolve_conj().numpy()) for t in (param, other))
+        assert one.dtype == two.dtype
+        assert one.shape == two.shape
+        if one.size:
+            unit = np.finfo(one.dtype).eps * np.maximum(np.abs(two), 1.0)
+            largest = max(largest, float((np.abs(one - two) / unit).max()))
+    return largest
+
+
+def equal(params, others):
+    return all(torch.equal(one, other) for one, other in zip(params, others, strict=True))
