@@ -74,7 +74,7 @@ def batch_at(codes: Tensor, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, codes: Tensor, batches: int = 16) -> float:
+def evaluate(model: nn.Module, codes: Tensor, batches: int = 10) -> float:
     """Bits per character over the same windows each time, spread over the text."""
     starts = torch.linspace(0, len(codes) - CONTEXT - 1, batches * BATCH).long()
     windows = codes[starts[:, None] + torch.arange(CONTEXT + 1)]
@@ -182,7 +182,7 @@ def main() -> None:
     print(f"weights                 {evaluate(model, train):5.3f}  {measured[-1][1]:10.3f}")
     with optimizer.swap_ema():
         print(f"averaged weights        {evaluate(model, train):5.3f}  {measured[-1][2]:10.3f}")
-        written = sample(model, code_of["\n"], 400, args.seed)
+        written = sample(model, code_of["\n"], 300, args.seed)
     print("\n" + "".join(vocabulary[code] for code in written).strip())
     draw(losses, measured, args.out)
     print(f"\nloss curve: {args.out}")

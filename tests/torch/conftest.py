@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
+collect_ignore = ["sharded_run.py"]  # a program for torchrun
 collect_ignore_glob = [] if find_spec("torch") else ["*.py"]

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "torch_char_lm.py"
-STEPS, EVERY = 24, 6
+STEPS, EVERY = 20, 10
 
 
 def start(folder, name, *arguments):

@@ -174,12 +174,12 @@ def update(
     done = {} if one_pass is None else one_pass(h, everything, tensors, traits)
     new = []
     for i, (tensor, trait) in enumerate(zip(tensors, traits, strict=True)):
-        result = done[i] if i in done else _updated(xp, h, everything, i, tensor, trait)
+        result = done[i] if i in done else updated(xp, h, everything, i, tensor, trait)
         new.append(result if grads[i] is not None else _where_seen(xp, result, tensor))
     return Outcome(new, product, grad_norm, factor)
 
 
-def _updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tensor, trait: Traits) -> Tensor:
+def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tensor, trait: Traits) -> Tensor:
     """One tensor after the rule, its constraint and its average, which the compiler makes loops of."""
     m = mathematics(xp)
     # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.

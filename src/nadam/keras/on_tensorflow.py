@@ -15,6 +15,7 @@ from tensorflow.python.ops import control_flow_util
 from nadam.core import traced
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.keras import packing
 from nadam.keras.backends import SKIPPED, Backend, Optimizer, traits_of, with_absent
 from nadam.keras.slots import checked_gradient
 
@@ -169,25 +170,40 @@ def _call(
         given = list(map(_read, variables.slots)), [*grads, *[None] * absent], variables.product.dtype.name
         return traced.norms(xp, *given, unscale=unscale, sum_of_squares=lambda g: 2.0 * tf.nn.l2_loss(g))
 
-    @compiled
-    def update(grads: list[Tensor], now: dict[str, Tensor], norms: Tensor) -> None:
+    in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    with_gradient = [slot[0] for slot in given], traits[: len(given)]
+    packed = packing.small(h, *with_gradient) if alone and not in_xla else []
+    others = sorted(set(range(len(variables.slots))) - set(packed))
+
+    def change(
+        members: Sequence[int], one_pass: Any, grads: list[Tensor], now: dict[str, Tensor], norms: Tensor
+    ) -> Any:
+        """Update some of the parameters; gives momentum product, norm and clip factor."""
+        slots, product = [variables.slots[i] for i in members], variables.product.read_value()
         updates = variables.iterations.read_value() // (steps or 1)
-        product = variables.product.read_value()
-        tensors, everything = list(map(_read, variables.slots)), Now(**constants, **now)
-        padded = [*grads, *[None] * absent]
-        arguments = (xp, h, everything, updates, product, tensors, padded, traits)
-        outcome = traced.update(*arguments, unscale=unscale, norms=norms)
-        for slot, tensor in zip(variables.slots, outcome.tensors, strict=True):
+        arguments = (xp, h, Now(**constants, **now), updates, product, list(map(_read, slots)), grads)
+        options = {"unscale": unscale, "norms": norms, "one_pass": one_pass}
+        outcome = traced.update(*arguments, [traits[i] for i in members], **options)
+        for slot, tensor in zip(slots, outcome.tensors, strict=True):
             for variable, value in zip(slot[:4], tensor[:4], strict=True):
                 if variable is not None:
                     variable.assign(value)
             if slot[4] is not None:
                 slot[4].assign(tf.zeros_like(slot[4]))
-        variables.product.assign(outcome.momentum_product)
+        zero = tf.zeros_like(product)
+        return outcome.momentum_product, *(zero if x is None else x for x in (outcome.grad_norm, outcome.clip_factor))
+
+    def update(grads: list[Tensor], now: dict[str, Tensor], norms: Tensor) -> None:
+        padded = [*grads, *[None] * absent]
+        report = None
+        if others:
+            report = compiled(partial(change, others, None))([padded[i] for i in others], now, norms)
+        if packed:
+            report = change(packed, packing.one_pass, [padded[i] for i in packed], now, norms)
+        assert report is not None
+        variables.product.assign(report[0])
         if variables.report is not None:
-            values = (outcome.grad_norm, outcome.clip_factor)
-            norm, factor = (tf.zeros_like(product) if x is None else x for x in values)
-            variables.report.assign(tf.stack([norm, factor, variables.report[SKIPPED]]))
+            variables.report.assign(tf.stack([*report[1:], variables.report[SKIPPED]]))
 
     def run() -> None:
         if steps is None:
@@ -208,7 +224,7 @@ def _call(
 
 
 def _read(slot: Sequence[Any]) -> traced.Tensor:
-    return traced.Tensor(*(None if variable is None else variable.read_value() for variable in slot))
+    return traced.Tensor(*(None if variable is None else variable.value() for variable in slot))
 
 
 def _dense(variable: Any, grad: Any) -> Tensor:

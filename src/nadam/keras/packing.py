@@ -1,0 +1,82 @@
+"""Small variables of TensorFlow side by side in one tensor: one loop of XLA for all of them, and not one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from nadam.core import traced
+from nadam.core.hyperparameters import Hyperparameters
+
+# Elements up to which a variable is small, and how many of them are worth the copies.
+SMALL, WORTH_PACKING = 1 << 14, 8
+
+
+def small(h: Hyperparameters, params: Sequence[Any], traits: Sequence[traced.Traits]) -> list[int]:
+    """Which of these parameters are to be packed; none where each gradient is clipped by its own norm."""
+    if h.clipnorm is not None:
+        return []
+    found = [
+        i
+        for i, (param, trait) in enumerate(zip(params, traits, strict=True))
+        if trait.constraint is None and prod(param.shape) <= SMALL
+    ]
+    return found if len(found) >= WORTH_PACKING else []
+
+
+def one_pass(
+    h: Hyperparameters, p: traced.Pass, tensors: Sequence[traced.Tensor], traits: Sequence[traced.Traits]
+) -> dict[int, traced.Tensor]:
+    """All of these after the rule, as `core.traced.update` asks for it; accumulators are left to the caller."""
+    alike: dict[str, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault(traced.dtype_of(tensor.param), []).append(i)
+    done = {}
+    for members in alike.values():
+        sizes = [prod(tensors[i].param.shape) for i in members]
+        fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * h.use_ema]
+        flat = [_flat([getattr(tensors[i], field) for i in members]) for field in fields]
+        grad = _flat([p.whole[i] for i in members])
+        decays = np.repeat([float(traits[i].decays) for i in members], sizes)
+        new = _updated(h, None if decays.all() else decays, flat, grad, p.scalars, p.overwrite, p.factors[0])
+        parts = [tf.split(values, sizes) for values in new]
+        for place, i in enumerate(members):
+            shaped = (_shaped(part[place], tensors[i].param.shape) for part in parts)
+            done[i] = tensors[i]._replace(**dict(zip(fields, shaped, strict=True)))
+    return done
+
+
+def _flat(tensors: Sequence[Any]) -> Any:
+    return tf.concat([_shaped(tensor, (-1,)) for tensor in tensors], 0)
+
+
+def _shaped(tensor: Any, shape: Sequence[int]) -> Any:
+    return tensor if len(tensor.shape) == len(shape) == 1 else tf.reshape(tensor, shape)
+
+
+def _updated(h: Hyperparameters, decays: NDArray[np.float64] | None, *given: Any) -> Any:
+    return tf.function(partial(_rule, h, decays), jit_compile=True, autograph=False)(*given)
+
+
+def _rule(
+    h: Hyperparameters,
+    decays: NDArray[np.float64] | None,
+    flat: list[Any],
+    grad: Any,
+    scalars: list[Any],
+    overwrite: Any,
+    factor: Any,
+) -> list[Any]:
+    tensor = traced.Tensor(*flat, *[None] * (5 - len(flat)))
+    if decays is not None:
+        scalars = [scalars[0] * tf.constant(decays, scalars[0].dtype), *scalars[1:]]
+    everything = traced.Pass([grad], [grad], 1.0, scalars, overwrite, [factor])
+    new = traced.updated(keras.ops, h, everything, 0, tensor, traced.Traits(decays=True, constraint=None))
+    return [value for value in new if value is not None]
