@@ -48,6 +48,12 @@ def test_rows_1_to_3_arguments_out_of_range(name, value):
         NAdam(parameters(), **{name: value})
 
 
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), None])
+def test_betas_are_two_numbers(betas):
+    with pytest.raises(TypeError, match=r"betas=.*: expected two numbers"):
+        NAdam(parameters(), betas=betas)
+
+
 def test_row_4_two_clips_and_an_unknown_argument():
     with pytest.raises(ValueError, match=r"clipnorm=1.0, clipvalue=1.0: expected at most one"):
         NAdam(parameters(), clipnorm=1.0, clipvalue=1.0)
@@ -205,6 +211,11 @@ def broken(change):
     return state
 
 
+def test_a_checkpoint_that_is_none():
+    with pytest.raises(ValueError, match="expected a dict, got NoneType"):
+        NAdam(parameters()).load_state_dict(None)
+
+
 BROKEN = {
     r"\['exp_avg'\]: shape \(5,\), expected \(3, 4\)": lambda s: s["state"][0].update(exp_avg=torch.zeros(5)),
     r"\['exp_avg_sq'\]: it holds NaN": lambda s: s["state"][0].update(exp_avg_sq=torch.full((3, 4), float("nan"))),
@@ -293,6 +304,30 @@ def test_row_27_eight_threads_with_an_optimizer_each():
     for thread in threads:
         thread.join()
     assert all(equal(results[0], other) for other in results[1:])
+
+
+def test_row_27_two_threads_with_one_optimizer():
+    params, others = parameters(shapes=[(300, 1000), (7,)]), parameters(shapes=[(300, 1000), (7,)])
+    for chosen in (params, others):
+        Gradients().give(chosen)
+    optimizer, alone = NAdam(params), NAdam(others)
+    threads = [threading.Thread(target=lambda: [optimizer.step() for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(40):
+        alone.step()
+    assert equal(params, others)
+
+
+def test_a_step_within_a_step_is_refused():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = NAdam([param])
+    optimizer._busy = True  # as a signal handler would find it
+    with pytest.raises(RuntimeError, match="within a step"):
+        optimizer.step()
 
 
 def test_row_31_the_same_bits_on_any_number_of_threads():

@@ -343,6 +343,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._load(state_dict, lambda _, given: state.of_adam(self.param_groups, given))
 
     def _load(self, state_dict: Mapping[str, Any], prepare: Callable[[Any, Any], Any]) -> None:
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
         handle = self.register_load_state_dict_pre_hook(prepare)  # after the user's own
         try:
             super().load_state_dict(dict(state_dict))

@@ -46,7 +46,9 @@ def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparamet
         ValueError: One out of its range.
         TypeError: One that is not a number.
     """
-    rate = group["lr"]
+    rate, betas = group["lr"], group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas={betas!r}: expected two numbers")
     if isinstance(rate, Tensor):
         if rate.numel() != 1:
             raise ValueError(f"lr={rate}: Tensor lr must be 1-element")
@@ -54,8 +56,8 @@ def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparamet
     try:
         return Hyperparameters(
             lr=rate,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            beta1=betas[0],
+            beta2=betas[1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             momentum_decay=group["momentum_decay"],
