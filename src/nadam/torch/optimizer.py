@@ -417,4 +417,7 @@ def _owed(entry: Mapping[str, Any] | None) -> bool:
 
 
 def _gradient(param: Tensor) -> Tensor:
-    return param.grad if param.grad is not None else torch.zeros((), dtype=param.dtype).expand(param.shape)
+    if param.grad is not None:
+        return param.grad
+    share = local(param)
+    return torch.zeros((), dtype=share.dtype, device=share.device).expand(share.shape)
