@@ -126,8 +126,8 @@ def _call(
         arguments = (xp, h, everything, updates, product, old, grads, traits)
         done: dict[int, traced.Tensor] = {}
 
-        def one_pass(*given: Any) -> dict[int, traced.Tensor]:
-            done.update(foreign.one_pass(*given) if kernels else {})
+        def one_pass(h: Hyperparameters, *given: Any) -> dict[int, traced.Tensor]:
+            done.update(foreign.one_pass(*given, clipvalue=h.clipvalue) if kernels else {})
             return done
 
         norms = taken

@@ -18,7 +18,6 @@ import jax
 from jax import numpy as jnp
 
 from nadam.core.gradient import Check
-from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.traced import Pass, Tensor, Traits, dtype_of, largest_passing
 from nadam.kernels import native
 from nadam.kernels.spans import CHUNK, CHUNK_COLUMNS, COLUMNS, COMPUTE_DTYPE
@@ -34,14 +33,16 @@ def usable() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1 and sys.maxsize > 2**32 and _registered()
 
 
-def one_pass(h: Hyperparameters, p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits]) -> dict[int, Tensor]:
+def one_pass(
+    p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits], *, clipvalue: float | None
+) -> dict[int, Tensor]:
     """Update, in place where the caller donates, all tensors that the kernel takes.
 
     Args:
-        h: What the user set.
         p: As `core.traced.update` makes it.
         tensors: Parameters and their state.
         traits: What is known of each; one with a constraint is left to the compiler.
+        clipvalue: Largest magnitude of an element of a gradient; None for any.
 
     Returns:
         New tensors by their place, accumulators cleared.
@@ -56,15 +57,15 @@ def one_pass(h: Hyperparameters, p: Pass, tensors: Sequence[Tensor], traits: Seq
         own, width = COMPUTE_DTYPE[formats[0]], len(members)
         chosen = [tensors[i] for i in members]
         decay, *scalars, momentum, weight = p.scalars
-        values = (*scalars, p.unscale, h.clipvalue or inf, momentum, weight, p.overwrite)
+        values = (*scalars, p.unscale, inf if clipvalue is None else clipvalue, momentum, weight, p.overwrite)
         factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
-        decays = [1.0 if traits[i].decays and h.weight_decay else 0.0 for i in members]
+        decays = [float(traits[i].decays) for i in members]
         operands = [_vector(values, own), _vector(factors, own), _vector(decays, own) * decay.astype(own)]
         grads = [p.gradients[i] for i in members]
-        accumulated, averaged = h.gradient_accumulation_steps is not None, h.use_ema
+        accumulated, averaged = chosen[0].accumulator is not None, chosen[0].ema is not None
         fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * averaged, *["accumulator"] * accumulated]
         state = [getattr(tensor, field) for field in fields for tensor in chosen]
-        variant = (*formats, accumulated, h.clipvalue is not None, averaged)
+        variant = (*formats, accumulated, clipvalue is not None, averaged)
         results = _call("one_pass", variant, [*operands, *grads], state, grads, state)
         for place, i in enumerate(members):
             new = dict(zip(fields, results[place::width], strict=True))

@@ -139,7 +139,7 @@ def cut(scratch, tensor, elements):
 
 @njit
 def share_out(frame, task, scratch, elements):
-    """Have XLA's threads help; gives how many were asked to. The call ends with the last of them."""
+    """Have XLA's threads help; the call then ends with the last of them."""
     f, s = integers(frame), integers(scratch)
     api, arguments = integers(f[API]), integers(scratch + 8 * CALL)
     s[WORKERS] = 1

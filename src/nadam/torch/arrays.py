@@ -137,10 +137,8 @@ class ArraysPlan:
         for row, param in zip(rows, params.tensors, strict=True):
             store(row.param, row.state, param)
         if averaging is not None:
-            emas, wide = (
-                Lists([row.state["ema"] for row in rows]),
-                Lists([joined(row.param, row.state) for row in rows]),
-            )
+            emas = Lists([row.state["ema"] for row in rows])
+            wide = Lists([joined(row.param, row.state) for row in rows])
             averages = m.average(emas, wide, averaging.momentum, averaging.weight)
             torch._foreach_copy_(emas.tensors, averages.tensors)
             if averaging.overwrite:
