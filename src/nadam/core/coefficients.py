@@ -40,6 +40,21 @@ def momentum(beta1: Scalar, momentum_decay: float, step: Scalar) -> Scalar:
     return beta1 * (1.0 - 0.5 * MOMENTUM_WARMUP ** (step * momentum_decay))
 
 
+def momentum_product(steps: int, beta1: float, momentum_decay: float) -> float:
+    """The product of the momenta of so many updates, for state that does not keep it.
+
+    Example:
+        >>> momentum_product(2, 0.9, 1.0) == momentum(0.9, 1.0, 1) * momentum(0.9, 1.0, 2)
+        True
+    """
+    product = 1.0
+    for step in range(1, steps + 1):
+        product *= momentum(beta1, momentum_decay, step)
+        if product == 0.0:
+            break
+    return product
+
+
 def coefficients(
     step: Scalar,
     *,

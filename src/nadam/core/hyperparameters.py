@@ -125,13 +125,8 @@ class Hyperparameters:
         return self.spelling.get(name, name)
 
     def _in_range(self, name: str, value: Any) -> Any:
-        spelt, (allowed, test) = self._spelt(name), RANGES[name]
-        if value is None and name in OPTIONAL:
-            return None
-        number = as_number(spelt, value)
-        if not test(number):
-            raise ValueError(f"{spelt}={number!r}: expected {allowed.format(spelt)}")
-        return number
+        spelt = self._spelt(name)
+        return None if value is None and name in OPTIONAL else in_range(name, as_number(spelt, value), spelt)
 
     def _check_integer(self, name: str, least: int) -> None:
         value, spelt = getattr(self, name), self._spelt(name)
@@ -140,6 +135,23 @@ class Hyperparameters:
         if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
             raise ValueError(f"{spelt}={value!r}: expected an integer, {spelt} >= {least}, or None")
         object.__setattr__(self, name, value.__index__())
+
+
+def in_range(name: str, number: float, spelt: str) -> float:
+    """A number that is in its range.
+
+    Args:
+        name: Which one of RANGES.
+        number: It.
+        spelt: What the host calls it.
+
+    Raises:
+        ValueError: It is not.
+    """
+    allowed, test = RANGES[name]
+    if not test(number):
+        raise ValueError(f"{spelt}={number!r}: expected {allowed.format(spelt)}")
+    return number
 
 
 def as_number(name: str, value: Any) -> float:

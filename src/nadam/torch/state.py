@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nadam.core.coefficients import momentum
+from nadam.core.coefficients import momentum_product
 from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
@@ -138,18 +138,3 @@ def unwrapped(state: Mapping[Any, Any]) -> None:
     for entry in state.values():
         if isinstance(entry, dict):
             entry.update({name: value.tensor for name, value in entry.items() if isinstance(value, Kept)})
-
-
-def momentum_product(steps: int, beta1: float, momentum_decay: float) -> float:
-    """The product of the momenta of so many updates, which Adam does not keep.
-
-    Example:
-        >>> momentum_product(2, 0.9, 1.0) == momentum(0.9, 1.0, 1) * momentum(0.9, 1.0, 2)
-        True
-    """
-    product = 1.0
-    for step in range(1, steps + 1):
-        product *= momentum(beta1, momentum_decay, step)
-        if product == 0.0:
-            break
-    return product

@@ -1,0 +1,92 @@
+"""What is refused: numbers out of their range, and trees that do not belong together.
+
+What is known before a program is compiled raises; a number that is traced, out of its range, makes everything NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, nan
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from nadam.core.hyperparameters import as_number, in_range
+from nadam.jax.trees import dtype_of, scalar_dtype
+
+# The hyperparameters by optax's names, those that have others here.
+OURS = {"learning_rate": "lr", "b1": "beta1", "b2": "beta2", "eps_root": "eps"}
+SPELLING = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
+UPPER = {"b1": 1.0, "b2": 1.0}
+TRAINABLE = {"float16", "bfloat16", "float32", "float64"}
+
+
+def number(name: str, value: Any) -> Any:
+    """A hyperparameter by optax's name: a float where it is known, else a traced scalar, NaN where out of its range.
+
+    Raises:
+        ValueError: It is out of its range.
+        TypeError: It is not a number.
+    """
+    if not isinstance(value, jax.core.Tracer):
+        return in_range(OURS.get(name, name), as_number(name, value), name)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
+        raise TypeError(f"{name}: a traced array of shape {value.shape}, {value.dtype}: expected a number")
+    wide = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(scalar_dtype())
+    inside = wide >= 0
+    if name != "momentum_decay":
+        inside &= wide < UPPER.get(name, inf)
+    return jnp.where(inside, wide, jnp.full_like(wide, nan))
+
+
+def check_trainable(params: Any) -> None:
+    """That all leaves of a tree are arrays of real floating-point numbers.
+
+    Raises:
+        TypeError: One is not; it is named.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        try:
+            name = str(leaf.dtype) if hasattr(leaf, "dtype") else str(jnp.result_type(leaf))
+        except TypeError:
+            name = type(leaf).__name__
+        if name not in TRAINABLE:
+            where = f"params{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where}: {name}, expected float16, bfloat16, float32 or float64")
+
+
+def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[Any]) -> list[Any]:
+    """The leaves of a tree, checked to be like those of another.
+
+    Args:
+        name: What the tree is, for the messages.
+        tree: It.
+        reference: What the other one is.
+        treedef: Its structure.
+        leaves: Its leaves, None for a shape that may be any.
+
+    Raises:
+        ValueError: The structure differs, or the shape of a leaf.
+    """
+    given: list[Any]
+    given, own = jax.tree.flatten(tree)
+    if own != treedef:
+        raise ValueError(f"{name}: its structure is not that of {reference}: {own}, expected {treedef}")
+    for i, (leaf, like) in enumerate(zip(given, leaves, strict=True)):
+        if jnp.shape(leaf) != jnp.shape(like):
+            path = jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(tree)[0][i][0])
+            raise ValueError(f"{name}{path}: shape {jnp.shape(leaf)}, expected that of {reference}, {jnp.shape(like)}")
+    return given
+
+
+def check_gradients(name: str, leaves: Sequence[Any]) -> None:
+    """That gradients are of real floating-point numbers, of whatever width.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for i, leaf in enumerate(leaves):
+        dtype = dtype_of(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name}: leaf {i} is {dtype}, expected real floating-point numbers")

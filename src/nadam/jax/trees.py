@@ -1,0 +1,49 @@
+"""Leaves of trees: their dtypes, and which of them decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+
+def scalar_dtype() -> str:
+    """The dtype in which the scalars of a step are computed."""
+    return "float64" if jax.config.jax_enable_x64 else "float32"
+
+
+def compute_dtype(leaf: Any) -> np.dtype[Any]:
+    """The dtype in which a parameter is computed, and its moments are kept."""
+    dtype = dtype_of(leaf)
+    return np.dtype("float32") if dtype.itemsize == 2 else dtype
+
+
+def dtype_of(leaf: Any) -> np.dtype[Any]:
+    """Of an array, a number or what has only a shape and a dtype."""
+    dtype: np.dtype[Any] = np.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+    return dtype
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether a leaf stands for a Python number, whose dtype gives way to others."""
+    return isinstance(leaf, (int, float)) or bool(getattr(leaf, "weak_type", False))
+
+
+def as_type(value: Any, dtype: Any, weak: bool) -> Any:
+    """A value in a dtype; weak, where it stands for a Python number: then the types of a state stay what they were."""
+    value = value.astype(dtype)
+    if not weak:
+        return value
+    return lax.convert_element_type_p.bind(value, new_dtype=np.dtype(dtype), weak_type=True, sharding=None)
+
+
+def chosen(mask: Any, like: Any, treedef: Any) -> list[bool]:
+    """Which leaves decay."""
+    if mask is None:
+        return [True] * treedef.num_leaves
+    tree = mask(like) if callable(mask) else mask
+    spread = jax.tree.map(lambda part, below: jax.tree.map(lambda _: part, below), tree, like)
+    return [bool(leaf) for leaf in jax.tree.leaves(spread)]

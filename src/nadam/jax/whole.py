@@ -1,0 +1,258 @@
+"""`fused`: the whole of a call as one function of gradients, state and parameters, with no tree of updates between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.step import StepReport
+from nadam.core.traced import Tensor, Traits, clips_by_norm
+from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
+from nadam.jax.pure import XP, Progress, Ways, call
+from nadam.jax.trees import as_type, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
+from nadam.kernels import foreign
+
+
+class FusedState(NamedTuple):
+    """State of `fused`: a tree of arrays, whose structure depends on the settings alone.
+
+    Attributes:
+        count: int32, calls so far, without those that were skipped.
+        mu: First moments, not bias-corrected; a tree like the parameters.
+        nu: Second moments, likewise.
+        mu_product: Product of the momenta of all updates so far.
+        ema: Moving averages of the parameters, with ``use_ema``.
+        accumulator: Sums of gradients, with ``gradient_accumulation_steps``.
+        last_step: What the last call did; without what the settings do not ask for.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    mu_product: Any
+    ema: Any
+    accumulator: Any
+    last_step: StepReport
+
+
+class Fused(NamedTuple):
+    """An optimizer as functions without side effects.
+
+    Attributes:
+        init: params -> state.
+        update: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). Under `jax.jit` with
+            params and state donated nothing is copied. ``learning_rate`` takes the place of the one that was set;
+            the gradients are divided by ``loss_scale``.
+        finalize: (state, params) -> params: their moving averages, with ``use_ema``.
+    """
+
+    init: Callable[[Any], FusedState]
+    update: Callable[..., tuple[Any, FusedState]]
+    finalize: Callable[[FusedState, Any], Any]
+
+
+def fused(
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    momentum_decay: float | None = None,
+    weight_decay: float | None = None,
+    mask: Any = None,
+    clipnorm: float | None = None,
+    clipvalue: float | None = None,
+    global_clipnorm: float | None = None,
+    use_ema: bool = False,
+    ema_momentum: float = 0.99,
+    ema_overwrite_frequency: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    skip_nonfinite: bool = False,
+) -> Fused:
+    """Nadam as one function ``(grads, state, params) -> (params, state)``, from the loss scale to the moving average.
+
+    On a single CPU a compiled call is one pass over memory, by the kernel that the other hosts have; elsewhere XLA
+    makes loops. Arithmetic, moments and averages are float32, float64 for float64 parameters.
+
+    Args:
+        learning_rate: A number >= 0, or a schedule: a function of the number of calls so far.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added outside the square root, >= 0.
+        momentum_decay: How fast the momentum warms up, >= 0: 0.004 is PyTorch's, 1 is Keras's; None or infinity, not at
+            all, is optax's.
+        weight_decay: learning_rate * weight_decay of each parameter goes at each update, >= 0; None for none.
+        mask: Which parameters decay: a tree of bools like the parameters or a prefix of it, or a function that gives
+            one; None for all.
+        clipnorm: Largest norm of each gradient, > 0. At most one of the three clips is set.
+        clipvalue: Largest magnitude of each element of a gradient, > 0.
+        global_clipnorm: Largest norm of all gradients together, > 0.
+        use_ema: Whether to keep a moving average of the parameters.
+        ema_momentum: Share of the old average that is kept, in [0, 1].
+        ema_overwrite_frequency: Every so many updates the parameters take their averages; None for never.
+        gradient_accumulation_steps: An update every so many calls, with the mean of the gradients; at least 2, or None.
+        skip_nonfinite: Whether a call whose gradients hold NaN, infinity or a value whose square overflows changes
+            nothing but the number of skipped calls.
+
+    Returns:
+        Its functions.
+
+    Raises:
+        ValueError: A number out of its range, or two clips; it is named, with what is allowed. A learning rate or loss
+            scale that is only computed within a compiled step makes all parameters NaN instead. At an update: trees
+            or shapes that do not belong together.
+        TypeError: A value that is not a number; parameters that are not real floating-point numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> optimizer = fused(0.5, global_clipnorm=1.0)
+        >>> params = {"w": jnp.ones(2)}
+        >>> state = optimizer.init(params)
+        >>> params, state = optimizer.update({"w": jnp.full(2, 3.0)}, state, params)
+        >>> round(float(state.last_step.grad_norm), 3), [round(float(x), 4) for x in params["w"]]
+        (4.243, [0.2632, 0.2632])
+
+    Reference:
+        Dozat (2016), Incorporating Nesterov Momentum into Adam.
+    """
+    h = Hyperparameters(
+        lr=learning_rate,
+        beta1=b1,
+        beta2=b2,
+        eps=eps,
+        momentum_decay=float("inf") if momentum_decay is None else momentum_decay,
+        weight_decay=weight_decay,
+        clipnorm=clipnorm,
+        clipvalue=clipvalue,
+        global_clipnorm=global_clipnorm,
+        use_ema=bool(use_ema),
+        ema_momentum=ema_momentum,
+        ema_overwrite_frequency=ema_overwrite_frequency,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        skip_nonfinite=bool(skip_nonfinite),
+        spelling=SPELLING,
+    )
+    for name, value in (("b1", b1), ("b2", b2)):
+        if callable(value):
+            raise TypeError(f"{name}={value!r}: expected a number")
+    programs: dict[tuple[bool, ...], Callable[..., Any]] = {}
+
+    def update(
+        grads: Any, state: FusedState, params: Any, *, learning_rate: Any = None, loss_scale: Any = None
+    ) -> tuple[Any, FusedState]:
+        leaves, treedef = jax.tree.flatten(params)
+        check_trainable(params)
+        given = alike("grads", grads, "params", treedef, leaves)
+        check_gradients("grads", given)
+        columns = [
+            alike(f"state.{name}", tree, "params", treedef, leaves) if tree is not None else [None] * len(leaves)
+            for name, tree in zip(("mu", "nu", "ema", "accumulator"), _trees(state), strict=True)
+        ]
+        if learning_rate is None:
+            learning_rate = h.lr(state.count) if callable(h.lr) else h.lr
+        rate = number("learning_rate", learning_rate)
+        unscale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
+        decays = tuple(chosen(mask, params, treedef))
+        program = programs.get(decays)
+        if program is None:
+            program = programs[decays] = _program(h, [Traits(each, None) for each in decays])
+        tensors = [Tensor(*fields) for fields in zip(leaves, *columns, strict=True)]
+        before = Progress(state.count, state.mu_product, tensors)
+        after, seen = program(before, state.last_step, given, rate, unscale)
+        new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
+        kept = [None if old is None else tree for old, tree in zip(_trees(state), new[1:], strict=True)]
+        mu, nu, ema, accumulator = kept
+        return new[0], FusedState(after.calls, mu, nu, after.product, ema, accumulator, seen)
+
+    def init(params: Any) -> FusedState:
+        return _new_state(h, params)
+
+    def finalize(state: FusedState, params: Any) -> Any:
+        if state.ema is None:
+            raise RuntimeError("use_ema=False: there is no moving average")
+        return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
+
+    return Fused(init, update, finalize)
+
+
+def _trees(state: FusedState) -> tuple[Any, ...]:
+    return state.mu, state.nu, state.ema, state.accumulator
+
+
+def _new_state(h: Hyperparameters, params: Any) -> FusedState:
+    check_trainable(params)
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=compute_dtype(leaf)), params)
+
+    def copied(leaf: Any) -> Any:
+        # An abstract parameter has no value yet. Otherwise a copy, since parameter and average may both be donated.
+        dtype = compute_dtype(leaf)
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros_like(leaf, dtype=dtype) if abstract else jnp.array(leaf, dtype=dtype, copy=True)
+
+    dtype = scalar_dtype()
+    none = jnp.zeros((), dtype) if clips_by_norm(h) else None
+    return FusedState(
+        count=jnp.zeros((), jnp.int32),
+        mu=zeros(),
+        nu=zeros(),
+        mu_product=jnp.ones((), dtype),
+        ema=jax.tree.map(copied, params) if h.use_ema else None,
+        accumulator=zeros() if h.gradient_accumulation_steps else None,
+        last_step=StepReport(
+            step=jnp.zeros((), jnp.int32),
+            learning_rate=jnp.zeros((), dtype),
+            grad_norm=none,
+            clip_factor=None if none is None else jnp.zeros_like(none),
+            skipped_steps=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), bool),
+        ),
+    )
+
+
+def _program(h: Hyperparameters, traits: list[Traits]) -> Callable[..., Any]:
+    """The call, by the kernels where they can be used; under vmap and grad by loops, which JAX can transform."""
+
+    def computed(ways: Ways) -> Callable[..., Any]:
+        def program(before: Progress, last: StepReport, grads: Any, rate: Any, unscale: Any) -> Any:
+            after, (norm, factor, skipped) = call(h, traits, ways, before, grads, Now(rate, h.beta1, h.beta2), unscale)
+            tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
+            seen = StepReport(
+                step=after.calls // (h.gradient_accumulation_steps or 1),
+                learning_rate=XP.cast(rate, dtype_of(last.learning_rate).name),
+                grad_norm=norm,
+                clip_factor=factor,
+                skipped_steps=last.skipped_steps + jnp.where(skipped, 1, 0),
+                skipped=jnp.asarray(skipped),
+            )
+            return after._replace(tensors=tensors), seen
+
+        return program
+
+    loops = computed(Ways(kernels=False))
+    differentiable = computed(Ways(kernels=False, in_place=False))
+    batched = custom_vmap(lambda *given: computed(Ways(kernels=foreign.usable()))(*given))
+
+    def by_loops(size: int, in_batched: Any, *given: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+        made = jax.vmap(loops, in_axes=tuple(axes), axis_size=size)(*given)
+        return made, jax.tree.map(lambda _: True, made)
+
+    batched.def_vmap(by_loops)
+    whole = jax.custom_jvp(lambda *given: batched(*given))
+    whole.defjvp(lambda primals, tangents: jax.jvp(differentiable, primals, tangents))
+    return jax.jit(whole)  # type: ignore[no-any-return]
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new values with the types of the old ones, so that a second call is the same program."""
+    return Tensor._make(
+        None if value is None else as_type(value, dtype_of(like), is_weak(like))
+        for like, value in zip(old, new, strict=True)
+    )
