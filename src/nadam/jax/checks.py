@@ -16,7 +16,7 @@ from nadam.core.hyperparameters import as_number, in_range
 from nadam.jax.trees import dtype_of, scalar_dtype
 
 # The hyperparameters by optax's names, those that have others here.
-OURS = {"learning_rate": "lr", "b1": "beta1", "b2": "beta2", "eps_root": "eps"}
+OURS = {"learning_rate": "lr", "b1": "beta1", "b2": "beta2", "eps_root": "eps", "loss_scale": "loss_scale_factor"}
 SPELLING = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 UPPER = {"b1": 1.0, "b2": 1.0}
 TRAINABLE = {"float16", "bfloat16", "float32", "float64"}
@@ -34,7 +34,7 @@ def number(name: str, value: Any) -> Any:
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
         raise TypeError(f"{name}: a traced array of shape {value.shape}, {value.dtype}: expected a number")
     wide = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(scalar_dtype())
-    inside = wide >= 0
+    inside = wide > 0 if name == "loss_scale" else wide >= 0
     if name != "momentum_decay":
         inside &= wide < UPPER.get(name, inf)
     return jnp.where(inside, wide, jnp.full_like(wide, nan))

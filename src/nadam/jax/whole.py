@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.hyperparameters import Hyperparameters, Now, current
 from nadam.core.step import StepReport
 from nadam.core.traced import Tensor, Traits, clips_by_norm
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
@@ -80,7 +80,7 @@ def fused(
     makes loops. Arithmetic, moments and averages are float32, float64 for float64 parameters.
 
     Args:
-        learning_rate: A number >= 0, or a schedule: a function of the number of calls so far.
+        learning_rate: A number >= 0, or a schedule: a function of the number of calls so far, or of nothing.
         b1: Decay rate of the first moment, in [0, 1).
         b2: Decay rate of the second moment, in [0, 1).
         eps: Added outside the square root, >= 0.
@@ -154,7 +154,7 @@ def fused(
             for name, tree in zip(("mu", "nu", "ema", "accumulator"), _trees(state), strict=True)
         ]
         if learning_rate is None:
-            learning_rate = h.lr(state.count) if callable(h.lr) else h.lr
+            learning_rate = current(h.lr, state.count)
         rate = number("learning_rate", learning_rate)
         unscale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
         decays = tuple(chosen(mask, params, treedef))

@@ -1,0 +1,211 @@
+"""nadam.jax beside optax, and beside the float64 reference."""
+
+from functools import partial
+from math import inf
+
+import jax
+import numpy as np
+import optax
+import pytest
+from cases import ARGUMENTS, apart
+from jax import numpy as jnp
+from reference import Reference
+
+from nadam.jax import fused, nadam, nadamw
+
+SHAPES = {"bias": (5,), "kernel": (7, 5), "none": (0,), "scale": ()}  # in the order in which JAX sorts them
+DECAYS = {"optax": None, "torch": 0.004, "keras": 1.0}
+NAMES = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
+
+
+def draw(seed, dtype="float32", scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape) * scale, dtype) for name, shape in SHAPES.items()}
+
+
+def train(optimizer, steps, params=None, dtype="float32"):
+    """Parameters and state after so many compiled updates."""
+    params = draw(0, dtype) if params is None else params
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(steps):
+        params, state = step(params, state, draw(i + 1, dtype))
+    return params, state
+
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.02, 20, 200)
+MASK = {"kernel": True, "bias": False, "scale": False, "none": True}
+PAIRS = {
+    "nadam": (nadam, optax.nadam, {"learning_rate": 0.01}),
+    "betas": (nadam, optax.nadam, {"learning_rate": 0.01, "b1": 0.5, "b2": 0.9, "eps": 1e-3}),
+    "b1 zero": (nadam, optax.nadam, {"learning_rate": 0.01, "b1": 0.0}),
+    "eps_root": (nadam, optax.nadam, {"learning_rate": 0.01, "eps_root": 1e-2}),
+    "schedule": (nadam, optax.nadam, {"learning_rate": SCHEDULE}),
+    "nadamw": (nadamw, optax.nadamw, {"learning_rate": 0.01, "weight_decay": 0.1}),
+    "mask": (nadamw, optax.nadamw, {"learning_rate": 0.01, "weight_decay": 0.1, "mask": MASK}),
+    "mask by function": (nadamw, optax.nadamw, {"learning_rate": 0.01, "weight_decay": 0.1, "mask": lambda _: MASK}),
+    "decay by schedule": (nadamw, optax.nadamw, {"learning_rate": SCHEDULE, "weight_decay": lambda n: 1e-3 * n}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_200_steps_as_optax(name):
+    """Apart since optax multiplies by b2 as float32 has it, which is 1.3e-8 too much, 200 times; and by roundings."""
+    make, peer, settings = PAIRS[name]
+    (ours, state), (theirs, stock) = train(make(**settings), 200), train(peer(**settings), 200)
+    assert jax.tree.structure(state) == jax.tree.structure(stock)
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == [leaf.dtype for leaf in jax.tree.leaves(stock)]
+    for key in SHAPES:
+        assert apart(ours[key], theirs[key], 1.0, "float32") < 64
+        for part in ("mu", "nu"):
+            one, other = (np.asarray(getattr(tree[0], part)[key]) for tree in (state, stock))
+            assert apart(one, other, 0.1, "float32") < 48
+    assert not np.array_equal(ours["kernel"], draw(0)["kernel"])
+
+
+def reference_at(params, **settings):
+    return Reference(list(params.values()), beta_1=0.9, beta_2=0.999, epsilon=1e-8, **settings)
+
+
+def adopt(reference, params, mu, nu, calls, product):
+    reference.p, reference.m, reference.v = (
+        [np.asarray(leaf, np.float64) for leaf in tree.values()] for tree in (params, mu, nu)
+    )
+    reference.i, reference.product = calls, float(product)
+
+
+# The scalars of a step are computed in float32, some roundings each, and moments and update are rounded once more.
+ULPS = 6.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", DECAYS)
+def test_each_update_as_the_reference(family, dtype):
+    decay = DECAYS[family]
+    optimizer = nadam(0.01, momentum_decay=decay)
+    params = draw(0, dtype)
+    state = optimizer.init(params)
+    reference = reference_at(params, learning_rate=0.01, momentum_decay=inf if decay is None else decay)
+    update = jax.jit(optimizer.update)
+    for i in range(20):
+        grads = draw(i + 1, dtype)
+        moments = state[0]
+        adopt(reference, params, moments.mu, moments.nu, i, 0.9**i if decay is None else moments.mu_product)
+        before = list(reference.p)
+        updates, state = update(grads, state, params)
+        reference.step(list(grads.values()))
+        for j, key in enumerate(SHAPES):
+            assert updates[key].dtype == params[key].dtype
+            assert state[0].mu[key].dtype == state[0].nu[key].dtype == np.float32
+            ours = np.asarray(updates[key], np.float64)
+            assert apart(ours, reference.p[j] - before[j], reference.reach[j], jnp.dtype(dtype)) <= ULPS
+            terms = np.maximum(np.abs(np.asarray(moments.mu[key])), np.abs(np.asarray(grads[key])))
+            assert apart(state[0].mu[key], reference.m[j], terms, "float32") <= ULPS
+            assert apart(state[0].nu[key], reference.v[j], 0, "float32") <= ULPS
+        params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("family", DECAYS)
+def test_float64(family):
+    decay = DECAYS[family]
+    with jax.enable_x64(True):
+        params, _ = train(nadam(0.01, momentum_decay=decay), 100, dtype="float64")
+        whole, _ = run(fused(0.01, momentum_decay=decay), 100, "float64")
+        grads = [list(map(np.asarray, draw(i + 1, "float64").values())) for i in range(100)]
+        reference = reference_at(
+            draw(0, "float64"), learning_rate=0.01, momentum_decay=inf if decay is None else decay
+        )
+    for grad in grads:
+        reference.step(grad)
+    for j, key in enumerate(SHAPES):
+        assert params[key].dtype == whole[key].dtype == np.float64
+        np.testing.assert_allclose(params[key], reference.p[j], rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(whole[key], reference.p[j], rtol=1e-12, atol=1e-14)
+
+
+def run(optimizer, steps, dtype="float32", grad_dtype=None, **given):
+    """Parameters and state of `fused` after so many compiled calls."""
+    params = draw(0, dtype)
+    state = optimizer.init(params)
+    step = jax.jit(lambda params, state, grads: optimizer.update(grads, state, params, **given), donate_argnums=(0, 1))
+    for i in range(steps):
+        params, state = step(params, state, draw(i + 1, grad_dtype or dtype))
+    return params, state
+
+
+def fused_settings(settings):
+    """The arguments of cases.py by the names here, and the loss scale."""
+    ours = {NAMES.get(name, name): value for name, value in settings.items()}
+    for name in ("b1", "b2"):
+        if callable(ours.get(name)):
+            ours[name] = ours[name]()
+    ours.setdefault("learning_rate", 0.001)
+    return ours, ours.pop("loss_scale_factor", None)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_argument_of_fused(name, dtype):
+    settings = ARGUMENTS[name]
+    ours, scale = fused_settings({"epsilon": 1e-7, "momentum_decay": 1.0, **settings})
+    optimizer = fused(**ours)
+    params = draw(0, dtype)
+    state = optimizer.init(params)
+    reference = Reference(list(params.values()), **settings)
+    step = jax.jit(partial(optimizer.update, loss_scale=scale))
+    for i in range(7):
+        grads = draw(i + 1, dtype)
+        adopt(reference, params, state.mu, state.nu, i, state.mu_product)
+        for trees, kept in ((state.ema, reference.ema), (state.accumulator, reference.acc)):
+            if trees is not None:
+                kept[:] = [np.asarray(leaf, np.float64) for leaf in trees.values()]
+        params, state = step(grads, state, params)
+        reference.step(list(grads.values()))
+        assert (int(state.count), int(state.last_step.skipped_steps)) == (reference.i, 0)
+        for j, key in enumerate(SHAPES):
+            assert params[key].dtype == jnp.dtype(dtype)
+            assert apart(params[key], reference.p[j], reference.reach[j], jnp.dtype(dtype)) <= 2 * ULPS
+            if state.ema is not None:
+                assert apart(state.ema[key], reference.ema[j], 0, jnp.dtype(dtype)) <= 2 * ULPS
+            if state.accumulator is not None:
+                assert apart(state.accumulator[key], reference.acc[j], 1.0, "float32") <= ULPS
+        if reference.factor is not None and "clipnorm" in name:
+            np.testing.assert_allclose(state.last_step.clip_factor, reference.factor, rtol=1e-5)
+
+
+def test_fused_equals_the_transformation():
+    whole, state = run(fused(0.01, weight_decay=0.1, mask=MASK), 50)
+    parts, moments = train(nadamw(0.01, weight_decay=0.1, mask=MASK), 50)
+    for key in SHAPES:
+        assert apart(whole[key], parts[key], 1.0, "float32") < 16
+        assert apart(state.mu[key], moments[0].mu[key], 1.0, "float32") < 16
+
+
+def test_what_the_last_step_did():
+    params, state = run(fused(lambda n: 0.01 * (n + 1), global_clipnorm=0.5, use_ema=True), 3)
+    seen = state.last_step
+    norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in draw(3).values()))
+    np.testing.assert_allclose([seen.grad_norm, seen.clip_factor], [norm, 0.5 / norm], rtol=1e-6)
+    assert (int(seen.step), int(seen.skipped_steps), bool(seen.skipped)) == (3, 0, False)
+    assert float(seen.learning_rate) == pytest.approx(0.03)
+    averages = fused(0.1, use_ema=True).finalize(state, params)
+    assert all(np.array_equal(averages[key], state.ema[key]) for key in SHAPES)
+
+
+def test_the_kernel_is_what_runs():
+    """And nothing is copied on the way, whether parameters or state come first."""
+    optimizer = fused(0.01, global_clipnorm=1.0, use_ema=True, weight_decay=0.1)
+    params = {"w": jnp.ones(1 << 16)}
+    state = optimizer.init(params)
+    step = jax.jit(lambda params, state, grads: optimizer.update(grads, state, params), donate_argnums=(0, 1))
+    compiled = step.lower(params, state, params).compile()
+    assert "nadam-one_pass" in compiled.as_text()
+    assert "nadam-measure" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 8192
+    assert memory.alias_size_in_bytes >= 4 * params["w"].nbytes
