@@ -1,0 +1,273 @@
+"""Bad input and faults: refused by name before anything is traced; within a compiled step never silent."""
+
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from math import inf, nan
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from nadam.jax import from_optax, fused, nadam, nadamw
+
+MAKERS = {"nadam": nadam, "nadamw": nadamw, "fused": fused}
+
+
+def tree(value=1.0, dtype="float32", shape=(3, 2)):
+    return {"w": jnp.full(shape, value, dtype)}
+
+
+def moved(make, params, grads, state=None, **settings):
+    """Parameters after one step."""
+    optimizer = make(**{"learning_rate": 0.01, **settings})
+    state = optimizer.init(params) if state is None else state
+    result, state = optimizer.update(grads, state, params)
+    return (result if make is fused else optax.apply_updates(params, result)), state
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("name", "value", "allowed"), [
+    ("learning_rate", nan, "0 <= learning_rate < inf"),
+    ("learning_rate", inf, "0 <= learning_rate < inf"),
+    ("learning_rate", -0.1, "0 <= learning_rate < inf"),
+    ("eps", -1e-8, "0 <= eps < inf"),
+    ("eps", nan, "0 <= eps < inf"),
+    ("b1", 1.0, "0 <= b1 < 1"),
+    ("b1", -0.1, "0 <= b1 < 1"),
+    ("b2", 1.5, "0 <= b2 < 1"),
+    ("b2", nan, "0 <= b2 < 1"),
+    ("momentum_decay", -1.0, "momentum_decay >= 0"),
+])  # fmt: skip
+def test_numbers_out_of_their_range(make, name, value, allowed):  # rows 1 and 2
+    with pytest.raises(ValueError, match=f"^{name}={value}: expected {allowed}"):
+        make(**{"learning_rate": 0.1, name: value})
+
+
+@pytest.mark.parametrize(("make", "settings", "named"), [
+    (nadam, {"eps_root": -1.0}, "eps_root=-1.0"),
+    (nadamw, {"weight_decay": -1.0}, "weight_decay=-1.0"),
+    (fused, {"weight_decay": -1.0}, "weight_decay=-1.0"),
+    (fused, {"clipnorm": 0.0}, "clipnorm=0.0"),
+    (fused, {"global_clipnorm": -1.0}, "global_clipnorm=-1.0"),
+    (fused, {"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps=2.5"),
+    (fused, {"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1"),
+    (fused, {"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True"),
+    (fused, {"ema_overwrite_frequency": 0}, "ema_overwrite_frequency=0"),
+    (fused, {"clipnorm": 1.0, "clipvalue": 1.0}, "at most one of clipnorm, clipvalue, global_clipnorm"),
+])  # fmt: skip
+def test_settings(make, settings, named):  # rows 3 and 4
+    with pytest.raises(ValueError, match=named):
+        make(0.1, **settings)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_what_is_no_number_and_unknown_keywords(make):  # row 4
+    with pytest.raises(TypeError, match="eps='x': expected a number"):
+        make(0.1, eps="x")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        make(0.1, beta_1=0.9)
+
+
+def test_loss_scale():  # row 3
+    optimizer = fused(0.1)
+    state = optimizer.init(tree())
+    for scale in (0.0, -1.0, inf):
+        with pytest.raises(ValueError, match=f"loss_scale={scale}: expected 0 < loss_scale < inf"):
+            optimizer.update(tree(), state, tree(), loss_scale=scale)
+    params, _ = jax.jit(lambda scale: optimizer.update(tree(), state, tree(), loss_scale=scale))(0.0)
+    assert np.isnan(params["w"]).all()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("bad", [-0.1, nan, inf])
+def test_a_schedule_that_leaves_the_range(make, bad):  # row 5
+    optimizer = make(lambda count: jnp.where(count < 1, 0.1, bad))
+    state = optimizer.init(tree())
+    _, state = optimizer.update(tree(), state, tree())
+    with pytest.raises(ValueError, match=r"^learning_rate=.*: expected 0 <= learning_rate < inf"):
+        optimizer.update(tree(), state, tree())
+    result, _ = jax.jit(optimizer.update)(tree(), state, tree())  # cannot raise, and must not be silent
+    assert np.isnan(result["w"]).all()
+
+
+def test_an_injected_number_out_of_its_range():  # row 5
+    optimizer = optax.inject_hyperparams(nadamw)(learning_rate=0.1)
+    for name in ("learning_rate", "b1", "b2", "eps", "weight_decay"):
+        state = optimizer.init(tree())
+        state.hyperparams[name] = jnp.float32(-0.5)
+        updates, _ = jax.jit(optimizer.update)(tree(), state, tree())
+        assert np.isnan(updates["w"]).all()
+        with pytest.raises(ValueError, match=f"{name}=-0.5: expected 0 <= {name}"):
+            optimizer.update(tree(), state, tree())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("value", [nan, inf])
+def test_gradients_that_are_not_finite(make, value):  # row 7
+    params, _ = moved(make, tree(), tree(value))
+    assert np.isnan(params["w"]).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("value", [nan, inf, 1e25])
+def test_skipping(compiled, value):  # rows 7 and 9
+    optimizer = fused(0.1, skip_nonfinite=True, use_ema=True)
+    update = jax.jit(optimizer.update) if compiled else optimizer.update
+    params, state = update(tree(0.5), optimizer.init(tree()), tree())
+    after, new = update(tree(value), state, params)
+    for name in ("count", "mu", "nu", "mu_product", "ema"):
+        assert all(map(np.array_equal, jax.tree.leaves(getattr(new, name)), jax.tree.leaves(getattr(state, name))))
+    assert np.array_equal(after["w"], params["w"])
+    assert (int(new.last_step.skipped_steps), bool(new.last_step.skipped)) == (1, True)
+    _, new = update(tree(0.5), new, after)
+    assert (int(new.last_step.skipped_steps), bool(new.last_step.skipped), int(new.count)) == (1, False, 2)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("value", "expected"), [(1e-5, 0.99), (0.0, 1.0), (300.0, 0.99)])
+def test_float16(make, value, expected):  # row 8
+    settings = {"momentum_decay": 1.0, **({"weight_decay": 0.0} if make is nadamw else {})}
+    params, _ = moved(make, tree(1.0, "float16"), tree(value, "float16"), **settings)
+    np.testing.assert_allclose(params["w"], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm", "clipvalue"])
+def test_large_gradients_are_clipped_right(clip):  # row 9
+    params, _ = moved(fused, tree(), tree(1e25), **{clip: 1.0})
+    expected, _ = moved(fused, tree(), tree(1.0), **{clip: 1.0})
+    np.testing.assert_allclose(params["w"], expected["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_empty_trees_and_arrays(make):  # row 12
+    for params in ({}, [], (), {"x": None}, {"a": jnp.ones(()), "b": jnp.zeros((0, 3))}):
+        result, _ = moved(make, params, params)
+        assert jax.tree.structure(result) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("grads", "message"), [
+    (tree(shape=(3, 1)), r"shape \(3, 1\)|shape \(3, 2\), expected that of updates, \(3, 1\)"),
+    (tree(shape=(6,)), r"shape \(6,\)|shape \(3, 2\), expected that of updates, \(6,\)"),
+    ({"w": jnp.ones((3, 2)), "x": jnp.ones(2)}, "structure"),
+    ({"w": None}, "structure"),
+    ([jnp.ones((3, 2))], "structure"),
+])  # fmt: skip
+def test_gradients_of_other_shapes(make, compiled, grads, message):  # row 15
+    optimizer = make(0.1)
+    update = jax.jit(optimizer.update) if compiled else optimizer.update
+    with pytest.raises(ValueError, match=message):
+        update(grads, optimizer.init(tree()), tree())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("leaf", [
+    jnp.ones(2, "int32"), jnp.ones(2, bool), jnp.ones(2, "complex64"), 3, "text", np.ones(2, object), jax.random.key(0)
+], ids=lambda leaf: type(leaf).__name__ + str(getattr(leaf, "dtype", "")))  # fmt: skip
+def test_parameters_that_are_not_real_numbers(make, leaf):  # rows 16 and 17
+    with pytest.raises(TypeError, match=r"params\['w'\]: .*, expected float16, bfloat16, float32 or float64"):
+        make(0.1).init({"w": leaf})
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_gradients_that_are_not_real_numbers(make):  # rows 16, 17 and 20
+    optimizer = make(0.1)
+    for dtype in ("int32", "complex64"):
+        with pytest.raises(TypeError, match="expected real floating-point numbers"):
+            optimizer.update(tree(1, dtype), optimizer.init(tree()), tree())
+    # Of another width they are right.
+    expected, _ = moved(make, tree(), tree(0.5))
+    for dtype in ("float16", "bfloat16"):
+        found, _ = moved(make, tree(), tree(0.5, dtype))
+        np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+
+
+def test_weight_decay_without_parameters():
+    with pytest.raises(ValueError, match="params: weight decay needs them"):
+        nadamw(0.1).update(tree(), nadamw(0.1).init(tree()))
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_gradient_after_the_step(make):  # row 11
+    grads = tree(0.5)
+    moved(make, tree(), grads)
+    assert np.array_equal(grads["w"], tree(0.5)["w"])
+
+
+def test_state_that_does_not_fit():  # row 23
+    good = optax.nadam(0.1).init(tree())
+    like = nadam(0.1).init(tree())
+    for bad, message in (
+        (optax.nadam(0.1).init(tree(shape=(2, 3))), r"state \(mu\)\['w'\]: shape \(2, 3\), expected that of like"),
+        (optax.nadam(0.1).init({"v": jnp.ones((3, 2))}), r"state \(mu\): its structure"),
+        (optax.sgd(0.1, momentum=0.9).init(tree()), "expected one ScaleByAdamState in it, found 0"),
+        ((good[0]._replace(nu=tree(nan)), good[1]), r"state \(nu\): it holds NaN or infinity"),
+        ((good[0]._replace(count=jnp.int32(-1)), good[1]), r"state \(count\): -1, expected a number >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_optax(bad, like)
+    for make in MAKERS.values():
+        optimizer = make(0.1)
+        other = optimizer.init(tree(shape=(2, 3)))
+        with pytest.raises(ValueError, match=r"\(mu\)|state.mu"):
+            optimizer.update(tree(), other, tree())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_wide_state_beside_narrow_parameters_stays_wide(make):  # row 24
+    params, state = moved(make, tree(1.0, "bfloat16"), tree(1.0, "bfloat16"))
+    for _ in range(2):
+        params, state = moved(make, params, params, state)
+        leaves = jax.tree.leaves(state if make is fused else state[0])
+        assert {leaf.dtype.name for leaf in leaves} <= {"float32", "int32", "bool"}
+
+
+def test_threads():  # rows 27 and 31
+    optimizer = fused(0.01, global_clipnorm=1.0)
+    params = {"w": jnp.linspace(-1.0, 1.0, 1 << 19)}
+    step = jax.jit(optimizer.update)
+
+    def run(_):
+        carry = params, optimizer.init(params)
+        for _ in range(3):
+            carry = step(carry[0], carry[1], carry[0])
+        return np.asarray(carry[0]["w"]).tobytes()
+
+    serial = run(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(run, range(8))) == {serial}
+
+
+def test_an_interrupt_leaves_what_was_there():  # rows 25 and 32: arrays do not change, so the old ones are whole
+    program = """
+import jax, json, signal, sys, time
+from jax import numpy as jnp
+from nadam.jax import fused
+optimizer = fused(0.01)
+params = {"w": jnp.ones(1 << 22)}
+state = optimizer.init(params)
+step = jax.jit(optimizer.update)
+done, kept = 0, (params, state)
+step(params, state, params)
+print("ready", flush=True)
+try:
+    while True:
+        kept = jax.block_until_ready(step(params, *kept[::-1]))
+except KeyboardInterrupt:
+    asked = time.monotonic()
+params, state = kept
+print(json.dumps([int(state.count), bool(jnp.isfinite(params["w"]).all())]))
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    count, finite = json.loads(out)
+    assert count >= 0
+    assert finite
