@@ -97,7 +97,8 @@ def test_equal_to_the_loops_of_xla(settings, dtypes):
                 np.testing.assert_allclose(np.float64(value), np.float64(wanted), rtol=8 * unit, atol=4 * unit)
 
 
-def test_moves_28_bytes_for_a_float32_parameter():
+def test_nothing_is_copied():
+    """So memory traffic is the kernel's, 28 bytes for a float32 parameter; XLA's own figure leaves it out."""
     h, shape = Hyperparameters(), (1 << 20,)
     tensor = traced.Tensor(*(jnp.ones(shape) for _ in range(3)), None, None)
 
@@ -106,8 +107,10 @@ def test_moves_28_bytes_for_a_float32_parameter():
         return traced.update(*arguments, unscale=1.0, one_pass=kernel).tensors
 
     compiled = jax.jit(update, donate_argnums=0).lower([tensor], [jnp.ones(shape)]).compile()
-    assert compiled.cost_analysis()["bytes accessed"] / shape[0] < 28.1
-    assert compiled.memory_analysis().temp_size_in_bytes < 4096  # nothing is copied
+    assert compiled.cost_analysis()["bytes accessed"] / shape[0] < 0.1
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4096
+    assert memory.alias_size_in_bytes >= 3 * tensor.param.nbytes
 
 
 def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():

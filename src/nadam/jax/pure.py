@@ -66,10 +66,12 @@ class Ways(NamedTuple):
         kernels: Whether by the CPU's passes as foreign functions, rather than by XLA's own loops.
         in_place: Whether what a call does is chosen by loops of one round or none, which XLA lets work in place; a
             conditional would copy all that it passes on, but can be differentiated backwards.
+        rotated: As of `foreign.one_pass`.
     """
 
     kernels: bool
     in_place: bool = True
+    rotated: bool = False
 
 
 def call(
@@ -118,7 +120,8 @@ def call(
         done: dict[int, traced.Tensor] = {}
 
         def one_pass(h: Hyperparameters, *given: Any) -> dict[int, traced.Tensor]:
-            done.update(foreign.one_pass(*given, clipvalue=h.clipvalue) if ways.kernels else {})
+            if ways.kernels:
+                done.update(foreign.one_pass(*given, clipvalue=h.clipvalue, rotated=ways.rotated))
             return done
 
         norms = taken

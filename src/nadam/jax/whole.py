@@ -157,10 +157,11 @@ def fused(
             learning_rate = current(h.lr, state.count)
         rate = number("learning_rate", learning_rate)
         unscale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
-        decays = tuple(chosen(mask, params, treedef))
-        program = programs.get(decays)
+        decays, rotated = tuple(chosen(mask, params, treedef)), _is_compiled_itself(grads, state, params)
+        key = (rotated, *decays)
+        program = programs.get(key)
         if program is None:
-            program = programs[decays] = _program(h, [Traits(each, None) for each in decays])
+            program = programs[key] = _program(h, [Traits(each, None) for each in decays], rotated)
         tensors = [Tensor(*fields) for fields in zip(leaves, *columns, strict=True)]
         before = Progress(state.count, state.mu_product, tensors)
         after, seen = program(before, state.last_step, given, rate, unscale)
@@ -216,7 +217,24 @@ def _new_state(h: Hyperparameters, params: Any) -> FusedState:
     )
 
 
-def _program(h: Hyperparameters, traits: list[Traits]) -> Callable[..., Any]:
+def _is_compiled_itself(grads: Any, state: FusedState, params: Any) -> bool:
+    """Whether ``update`` is what is being compiled, rather than a function that calls it.
+
+    Then parameters come after the state and are returned before it, and JAX, which pairs donated arrays with results of
+    their shape in order, gives the new parameters the memory of the first moments, and so on. No more than speed
+    depends on the answer, and on the parts of JAX that give it, which are private: without them it is no.
+    """
+    leaves = jax.tree.leaves((grads, state, params))
+    try:
+        arguments = leaves[0]._trace.frame.invars[: len(leaves)]
+        return len(arguments) == len(leaves) and all(
+            leaf.val is argument for leaf, argument in zip(leaves, arguments, strict=True)
+        )
+    except (AttributeError, IndexError, TypeError):
+        return False
+
+
+def _program(h: Hyperparameters, traits: list[Traits], rotated: bool) -> Callable[..., Any]:
     """The call, by the kernels where they can be used; under vmap and grad by loops, which JAX can transform."""
 
     def computed(ways: Ways) -> Callable[..., Any]:
@@ -237,7 +255,9 @@ def _program(h: Hyperparameters, traits: list[Traits]) -> Callable[..., Any]:
 
     loops = computed(Ways(kernels=False))
     differentiable = computed(Ways(kernels=False, in_place=False))
-    batched = custom_vmap(lambda *given: computed(Ways(kernels=foreign.usable()))(*given))
+    # Where a call may do nothing, the tensors go through a loop, in one order.
+    rotated = rotated and h.gradient_accumulation_steps is None and not h.skip_nonfinite
+    batched = custom_vmap(lambda *given: computed(Ways(foreign.usable(), rotated=rotated))(*given))
 
     def by_loops(size: int, in_batched: Any, *given: Any) -> Any:
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)

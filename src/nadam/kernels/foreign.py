@@ -34,7 +34,7 @@ def usable() -> bool:
 
 
 def one_pass(
-    p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits], *, clipvalue: float | None
+    p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits], *, clipvalue: float | None, rotated: bool = False
 ) -> dict[int, Tensor]:
     """Update, in place where the caller donates, all tensors that the kernel takes.
 
@@ -43,6 +43,8 @@ def one_pass(
         tensors: Parameters and their state.
         traits: What is known of each; one with a constraint is left to the compiler.
         clipvalue: Largest magnitude of an element of a gradient; None for any.
+        rotated: Whether to work in place where the results' memory is that of the operands of the next kind, in the
+            order of the fields of a tensor; of float32 and float64 parameters, whose moments have their dtype.
 
     Returns:
         New tensors by their place, accumulators cleared.
@@ -65,8 +67,11 @@ def one_pass(
         accumulated, averaged = chosen[0].accumulator is not None, chosen[0].ema is not None
         fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * averaged, *["accumulator"] * accumulated]
         state = [getattr(tensor, field) for field in fields for tensor in chosen]
-        variant = (*formats, accumulated, clipvalue is not None, averaged)
-        results = _call("one_pass", variant, [*operands, *grads], state, grads, state)
+        turned = rotated and own == formats[0]
+        variant = (*formats, accumulated, clipvalue is not None, averaged, turned)
+        # The place of each operand among the results.
+        places = [(i - turned * width) % len(state) for i in range(len(state))]
+        results = _call("one_pass", variant, [*operands, *grads], state, grads, state, places)
         for place, i in enumerate(members):
             new = dict(zip(fields, results[place::width], strict=True))
             done[i] = tensors[i]._replace(**new)
@@ -97,7 +102,7 @@ def measure(
     operands = [_vector((unscale, largest, 1.0 if accumulated else 1.0 / unscale), own), *grads]
     operands += [tensor.accumulator for tensor in tensors] if accumulated else []
     shapes = [jax.ShapeDtypeStruct((len(grads),), own), jax.ShapeDtypeStruct((1,), "int32")]
-    norms, outside = _call("measure", (grad_format, own, accumulated, counted), operands, [], grads, shapes)
+    norms, outside = _call("measure", (grad_format, own, accumulated, counted), operands, [], grads, shapes, [])
     return norms, outside[0] == 0
 
 
@@ -108,6 +113,7 @@ def _call(
     changed: Sequence[Array],
     sized: Sequence[Array],
     results: Sequence[Any],
+    places: Sequence[int],
 ) -> list[Array]:
     """Call a handler.
 
@@ -118,11 +124,12 @@ def _call(
         changed: What it changes in place, if the memory may be reused.
         sized: The arrays that its tables are of.
         results: What the results look like, without the scratch memory, which is the first.
+        places: Which of the results has the memory of each that is changed.
     """
     chunks = sum(-(-array.size // CHUNK) for array in sized)
     words = FIXED + COLUMNS * len(sized) + PER_CHUNK * chunks
     shapes = [jax.ShapeDtypeStruct((2 * words,), jnp.int32), *(jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results)]
-    aliases = {len(operands) + i: 1 + i for i in range(len(changed))}
+    aliases = {len(operands) + i: 1 + place for i, place in enumerate(places)}
     function = jax.ffi.ffi_call(_target(name, variant), shapes, input_output_aliases=aliases)
     return list(function(*operands, *changed)[1:])
 

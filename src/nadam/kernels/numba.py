@@ -118,6 +118,7 @@ def one_pass(
     averaged: bool,
     coupled: bool = False,
     rounded: bool = False,
+    rotated: bool = False,
 ) -> Any:
     """The kernel that updates parameters, moments and average in one pass over memory.
 
@@ -129,6 +130,8 @@ def one_pass(
         averaged: Whether to keep the moving average of the parameters.
         coupled: Whether weight decay is added to the gradient instead.
         rounded: Whether the first moment is kept in bfloat16, rounded by chance.
+        rotated: Whether each result is written where the next operand was, in the order parameter, moments, average,
+            accumulator, and the last where the parameter was; all of one format. For XLA, which may want it so.
     """
     compute, split = COMPUTE_DTYPE[param_format], param_format == SPLIT
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
@@ -153,7 +156,6 @@ def one_pass(
             grad = to_compute(widen_grad(g[i]))
             if accumulated:
                 grad = a[i] + grad * unscale
-                a[i] = to_compute(0.0)
             grad = grad * factor
             if limited:
                 grad = limit(grad, clipvalue)
@@ -162,18 +164,30 @@ def one_pass(
                 grad = penalized(grad, param, decay)
             decoupled = to_compute(0.0) if coupled else decay
             old = widen_bfloat16(m[i]) if rounded else m[i]
-            param, new, v[i] = update(param, grad, old, v[i], decoupled, w1, w2, exp_avg_step, grad_step, eps)
-            m[i] = narrow_bfloat16_by_chance(new, scattered(start + i, key)) if rounded else new
+            param, first, second = update(param, grad, old, v[i], decoupled, w1, w2, exp_avg_step, grad_step, eps)
             stored = narrow(param)
             if split:
                 r[i] = rest_of_bfloat16(param, stored)
             if averaged:
-                e[i] = moving(e[i], param if split else widen(stored), ema_momentum, ema_weight)
+                mean = moving(e[i], param if split else widen(stored), ema_momentum, ema_weight)
                 if overwrite:
-                    stored = narrow(e[i])
+                    stored = narrow(mean)
                     if split:
-                        r[i] = rest_of_bfloat16(e[i], stored)
-            p[i] = stored
+                        r[i] = rest_of_bfloat16(mean, stored)
+            if rotated:
+                m[i], v[i], last = stored, first, second
+                if averaged:
+                    e[i], last = last, mean
+                if accumulated:
+                    a[i], last = last, to_compute(0.0)
+                p[i] = last
+                continue
+            p[i], v[i] = stored, second
+            m[i] = narrow_bfloat16_by_chance(first, scattered(start + i, key)) if rounded else first
+            if averaged:
+                e[i] = mean
+            if accumulated:
+                a[i] = to_compute(0.0)
 
     @njit(error_model="numpy", _nrt=False)
     def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):

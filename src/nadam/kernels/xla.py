@@ -199,12 +199,14 @@ def handler(kernel: Any, fill: Any, end: Any) -> Any:
     return entry
 
 
-def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bool, averaged: bool) -> Any:
+def one_pass(
+    param_format: str, grad_format: str, accumulated: bool, limited: bool, averaged: bool, rotated: bool = False
+) -> Any:
     """The handler that updates parameters, moments and average in one pass; in place, so results alias operands.
 
     Operands: the scalars as `table.py` orders them, then whether to overwrite; a factor for each gradient; a decay for
     each parameter; gradients, parameters, both moments, averages and accumulators if there are any. Results: scratch
-    memory, then all that was given from the parameters on.
+    memory, then all that was given from the parameters on. ``rotated``, results alias the operands of the next kind.
 
     The arguments are those of `numba.one_pass`.
     """
@@ -225,7 +227,7 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
             row = integers(rows + 8 * COLUMNS * t)
             row[GRAD] = data(args, 3 + t)
             for k in range(state):
-                row[columns[k]] = data(rets, 1 + k * count + t)
+                row[columns[k]] = data(rets, 1 + (k - rotated) % state * count + t)
             elements += cut(scratch, t, size(args, 3 + t))
         return elements
 
@@ -233,7 +235,8 @@ def one_pass(param_format: str, grad_format: str, accumulated: bool, limited: bo
     def end(scratch):
         pass
 
-    return handler(passes.one_pass(param_format, grad_format, accumulated, limited, averaged), fill, end)
+    kernel = passes.one_pass(param_format, grad_format, accumulated, limited, averaged, rotated=rotated)
+    return handler(kernel, fill, end)
 
 
 def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) -> Any:
