@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from cases import ARGUMENTS, apart
 from jax import numpy as jnp
-from reference import Reference
 
+from cases import ARGUMENTS, apart
 from nadam.jax import fused, nadam, nadamw
+from reference import Reference
 
 SHAPES = {"bias": (5,), "kernel": (7, 5), "none": (0,), "scale": ()}  # in the order in which JAX sorts them
 DECAYS = {"optax": None, "torch": 0.004, "keras": 1.0}

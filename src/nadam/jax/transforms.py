@@ -141,12 +141,11 @@ class _Rate:
         # A tracer is an argument of the function that is being compiled, so it may be used as it is.
         self.given = value
 
-    def at(self, state: Any) -> Any:
-        """The value at an update."""
+    def at(self, state: Any, updates: Any) -> Any:
+        """The value at an update, by the count in a state of optax's; before optax 0.2.6 decay has none there."""
         if not callable(self._value):
             return self._value
-        (count,) = jax.tree.leaves(state)
-        return number(self._name, self._value(count))
+        return number(self._name, self._value(*(jax.tree.leaves(state) or [updates])))
 
 
 class _Scaled:
@@ -237,8 +236,8 @@ def _transformation(
         nus = alike("the optimizer's state (nu)", moments.nu, "updates", treedef, grads)
         owned = None if params is None else alike("params", params, "updates", treedef, grads)
         decays = chosen(mask, updates if params is None else params, treedef)
-        weight = None if decay is None else decay.at(counts[0])
-        values, product = scaled.scalars(moments, rate.at(counts[-1]), weight)
+        weight = None if decay is None else decay.at(counts[0], moments.count)
+        values, product = scaled.scalars(moments, rate.at(counts[-1], moments.count), weight)
         made = []
         for i, (grad, mu, nu) in enumerate(zip(grads, mus, nus, strict=True)):
             decaying = owned[i] if owned is not None and weight is not None and decays[i] else None
