@@ -100,7 +100,7 @@ class TensorPlan:
             if high > low:
                 raise ValueError(f"{first} and {second}: the variables share memory")
         made = groups(tensors, list(slots), torch.get_num_threads)
-        self.plan = Plan(made, np.array(members, np.int64), seed)
+        self.plan = Plan(made, np.array(members, np.int64), seed, combines=True)
         self._params = [slot.param for slot in slots]
         addresses = _addresses(grads)
         ends = [bounds(tensor.grad) for tensor in tensors]
