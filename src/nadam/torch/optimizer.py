@@ -232,7 +232,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if not parts:
             return
         try:
-            combine = combiner(params) if self._measures else None
+            sharded = self._measures and any(batch.sharded for batch in self._batches)
+            combine = combiner(params) if sharded else None
             report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
         finally:
             increment_version(params)
@@ -255,6 +256,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
             if not batch.knows(self.state):
                 self._batches = []
                 break
+        again = self._same_parts()
+        if again is not None:
+            return again
         found = []
         for index, group in enumerate(self.param_groups):
             h, now = self._settings.now(index, group)
@@ -275,6 +279,20 @@ class NAdam(Optimizer):  # type: ignore[misc]
                 own = grads if len(batch.cohorts) == 1 else [grads[i] for i in places]
                 parts.append(Part(h, now, cohort.clock, cohort.planned(own, name)))
                 params += cohort.params
+        return parts, params
+
+    def _same_parts(self) -> tuple[list[Part], list[Tensor]] | None:
+        """Those of the last step with the settings of now; None if more than values has changed since."""
+        if len(self._batches) != len(self.param_groups):
+            return None
+        parts: list[Part] = []
+        params: list[Tensor] = []
+        for index, (group, batch) in enumerate(zip(self.param_groups, self._batches, strict=True)):
+            own = batch.parts(group["params"], *self._settings.now(index, group))
+            if own is None:
+                return None
+            parts += own
+            params += batch.params
         return parts, params
 
     @torch.no_grad()
