@@ -128,8 +128,9 @@ def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
 
 
 def _callable(symbol: str, machine_code: bytes, convention: Any = ctypes.CFUNCTYPE) -> Callable[[int, int], None]:
-    # Numba's calling convention: where to put the result, where to put an exception, then the arguments.
-    kind = convention(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    # Numba's calling convention: where to put the result, where to put an exception, then the arguments, two int64:
+    # as pointers, which they are as wide as, they are converted in half the time.
+    kind = convention(ctypes.c_int32, *[ctypes.c_void_p] * 4)
     address = _engine(machine_code).get_function_address(symbol)
     nowhere = ctypes.cast(ctypes.create_string_buffer(64), ctypes.c_void_p)
     call = partial(kind(address), nowhere, nowhere)

@@ -136,6 +136,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
         self._batches: list[batches.Batch] = []
+        self._sharded = False
         self._settings = settings.Settings(self._extras)
         self._skipped = 0
         self._position = 0
@@ -232,8 +233,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if not parts:
             return
         try:
-            sharded = self._measures and any(batch.sharded for batch in self._batches)
-            combine = combiner(params) if sharded else None
+            combine = combiner(params) if self._measures and self._sharded else None
             report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
         finally:
             increment_version(params)
@@ -309,7 +309,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
             if not self.state[param]:
                 self.state[param] = batches.new_state(param, h, self._keeping)
             states.append(self.state[param])
-        return batches.Batch(source, chosen, batches.cohorts(chosen, states, h, self._position, self._keeping))
+        made = batches.Batch(source, chosen, batches.cohorts(chosen, states, h, self._position, self._keeping))
+        self._sharded = self._sharded or made.sharded
+        return made
 
     def _differentiable_step(self) -> None:
         for index, group in enumerate(self.param_groups):
