@@ -70,7 +70,6 @@ class Part(NamedTuple):
     clock: Clock
     plan: Plan
 
-
     def inputs(self) -> Inputs:
         """What an update takes of the settings."""
         h, now = self.h, self.now

@@ -40,19 +40,19 @@ class Combined:
     def __init__(self, table: Table, decays: NDArray[np.float64]) -> None:
         self._table, self._decays = table, decays
         self._norms = np.zeros(len(table.sizes))
-        self._measuring, self._updating = (np.zeros(EMA_MOMENTUM + 1, np.int64) for _ in range(2))
-        # The same words, read and written faster, and as numbers.
-        self._measured, self._updated = self._measuring.data, self._updating.data
-        self._square, self._inputs = (words.view(np.float64).data for words in (self._measuring, self._updating))
-        for words in (self._measuring, self._updating):
-            words[NUM_TENSORS] = len(table.sizes)
-        self._measuring[NORMS] = address(self._norms)
-        self._updating[DECAYS], self._inputs[TINY] = address(decays), table.tiny
+        measuring, updating = (np.zeros(EMA_MOMENTUM + 1, np.int64) for _ in range(2))
+        # Their words as integers and as float64: such a view is read and written faster than an array.
+        self._measured: Any = measuring.data
+        self._updated: Any = updating.data
+        self._square: Any = measuring.view(np.float64).data
+        self._inputs: Any = updating.view(np.float64).data
+        self._addresses = address(measuring), address(updating)
+        self._measured[NUM_TENSORS] = self._updated[NUM_TENSORS] = len(table.sizes)
+        self._measured[NORMS], self._updated[DECAYS] = address(self._norms), address(decays)
         self._norms_kernel: Callable[[int, int], None] | None = None
         self._update_kernel = native.kernel("scalars", "update", table.compute)
-        self._addresses = address(self._measuring), address(self._updating)
-        self._known: tuple[Any, ...] = (None, None, None)
         self._pass, self._arguments = self._update_kernel, 0
+        self._known: tuple[Any, ...] = (None, None, None)
 
     def norms(self, unscale: float) -> list[float] | None:
         """The norm of each tensor's gradient; None where a square has overflowed, and they are to be measured again."""
@@ -84,9 +84,13 @@ class Combined:
             self._pass(self._arguments, threads.SLICE)
         return True
 
+    def forget(self) -> None:
+        """Lay everything out anew: the table's passes have run otherwise meanwhile."""
+        self._known = (None, None, None)
+
     def _settle(self, part: Part) -> None:
         """Lay out what stays as it is for as long as the settings do."""
-        self._known = (None, None, None)
+        self.forget()
         i, words = part.inputs(), self._updated
         averaged = i.ema_momentum is not None
         variant = (False, i.clipvalue < np.inf, averaged, i.coupled, False)
@@ -94,6 +98,6 @@ class Combined:
         words[PASS], words[ARGUMENTS] = native.address_of(self._pass), self._arguments
         words[SHOWN], words[FREQUENCY] = part.clock.shown, i.ema_overwrite_frequency or NEVER
         numbers = (i.lr, i.beta1, i.beta2, i.eps, i.momentum_decay, i.decay, i.clipvalue, i.ema_momentum or 0.0)
-        for place, number in enumerate(numbers, LR):
+        for place, number in enumerate((self._table.tiny, *numbers), TINY):
             self._inputs[place] = number
         self._known = part[:3]

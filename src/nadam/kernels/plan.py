@@ -147,6 +147,8 @@ class Plan:
             commit: The counters before and after.
             step: Number of this update; what is rounded by chance depends on it.
         """
+        if self._combined is not None:
+            self._combined.forget()
         for table, members, decays, averaged in self.groups:
             if table.rounded:
                 table.keys[:] = keys(self.seed, step, self.members[members])

@@ -131,13 +131,13 @@ def update(compute: str) -> Any:
         )
         kept, weight, overwrite = averaging(x[EMA_MOMENTUM], b[FREQUENCY], step)
         eps, rest = held(c.eps, x[TINY]), (1.0, x[CLIPVALUE], kept, weight)
-        target, k = values(arguments[EXTRA + 2]), 0
+        target = values(arguments[EXTRA + 2])
         b[ANSWER] = 0
-        for value in (c.exp_avg_weight, c.exp_avg_sq_weight, c.exp_avg_step, c.grad_step, eps, *rest):
+        made = (c.exp_avg_weight, c.exp_avg_sq_weight, c.exp_avg_step, c.grad_step, eps, *rest)
+        for k, value in enumerate(made):
             target[k] = narrow(value)
             if math.isinf(target[k]) and not math.isinf(value):
                 return
-            k += 1
         b[ANSWER] = 1
         arguments[EXTRA + 3] = overwrite
         factors, decays, excluded = values(arguments[EXTRA]), values(arguments[EXTRA + 1]), doubles(b[DECAYS])

@@ -160,10 +160,7 @@ class Batch:
 
     def knows(self, state: Mapping[Tensor, State]) -> bool:
         """Whether the optimizer's state is still what this was made for."""
-        for cohort in self.cohorts:
-            if state.get(cohort.params[0]) is not cohort.states[0]:
-                return False
-        return True
+        return all(state.get(cohort.params[0]) is cohort.states[0] for cohort in self.cohorts)
 
 
 def cohorts(
