@@ -221,7 +221,7 @@ def test_an_interrupt_between_slices(monkeypatch, slices):
     for _ in range(steps):
         gradients.give(params)
         optimizer.step()
-    at_once = optimizer._parts._batches[0].cohorts[0].plan._combined
+    at_once = optimizer._parts._batches[0].cohorts[0]._plan.plan._combined
     name, left = ("_pass", slices - 1) if slices else ("_update_kernel", 0)
     kernel = getattr(at_once, name)
 

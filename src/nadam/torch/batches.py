@@ -15,6 +15,7 @@ from torch import Tensor
 from nadam.core.clock import Clock
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import Part
+from nadam.kernels.plan import Plan
 from nadam.kernels.rows import LARGE, SHIFT
 from nadam.kernels.tensors import FORMATS, Slot, TensorPlan
 from nadam.torch.arrays import ArraysPlan, Row
@@ -83,8 +84,9 @@ class Cohort:
         """
         if self.sharded:
             grads = [local_gradient(param, grad) for param, grad in zip(self.params, grads, strict=True)]
-        if self.fits(grads):
-            return self.plan
+        known = self.fitting(grads)
+        if known is not None:
+            return known
         self.held = grads = [usable(grad, name) for grad in grads]
         for param, state in zip(self.params, self.states, strict=True):
             settle(param, state, self._keeping)
@@ -105,15 +107,10 @@ class Cohort:
         self._plan = TensorPlan(slots, grads, self._members, self._keeping.seed)
         return self._plan.plan
 
-    def fits(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the last plan is one for these gradients, those of this process's shares."""
-        return self._plan is not None and self._is_current() and self._plan.fits(grads)
-
-    @property
-    def plan(self) -> Any:
-        """The last plan."""
-        assert self._plan is not None
-        return self._plan.plan
+    def fitting(self, grads: Sequence[Tensor]) -> Plan | None:
+        """The last plan, if it is one for these gradients, those of this process's shares."""
+        known = self._plan
+        return known.plan if known is not None and self._is_current() and known.fits(grads) else None
 
     def _is_current(self) -> bool:
         """Whether nobody has put other tensors in the place of the state, or of complex parameters, which are views."""
@@ -140,10 +137,13 @@ class Batch:
         grads = None if self.sharded else self._grads(source)
         if grads is None:
             return None
+        parts = []
         for cohort, places in zip(self.cohorts, self.places, strict=True):
-            if not cohort.fits(grads if len(self.cohorts) == 1 else [grads[i] for i in places]):
+            plan = cohort.fitting(grads if len(self.cohorts) == 1 else [grads[i] for i in places])
+            if plan is None:
                 return None
-        return [Part(h, now, cohort.clock, cohort.plan) for cohort in self.cohorts]
+            parts.append(Part(h, now, cohort.clock, plan))
+        return parts
 
     def grads(self, source: list[Tensor]) -> list[Tensor] | None:
         """The gradients, if the same parameters have one as before."""
