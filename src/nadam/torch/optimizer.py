@@ -137,7 +137,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
         self._settings = settings.Settings(self._extras)
-        self._parts = Parts(self._settings, self._keeping, type(self).__name__)
+        steps = self._extras["gradient_accumulation_steps"]
+        self._parts = Parts(self._settings, self._keeping, steps, type(self).__name__)
         self._skipped = 0
         self._position = 0
         self.last_step: StepReport | None = None

@@ -22,11 +22,13 @@ class Parts:
     Args:
         settings: Of its groups.
         keeping: How its state is kept.
+        accumulation_steps: Calls per update, or None.
         name: What it is called in messages.
     """
 
-    def __init__(self, settings: Settings, keeping: Keeping, name: str) -> None:
+    def __init__(self, settings: Settings, keeping: Keeping, accumulation_steps: int | None, name: str) -> None:
         self._settings, self._keeping, self._name = settings, keeping, name
+        self._accumulation_steps = accumulation_steps
         self._batches: list[Batch] = []
         self.sharded = False  # whether a parameter was split over processes
 
@@ -55,12 +57,13 @@ class Parts:
             ValueError: A setting out of its range, or memory that overlaps.
             RuntimeError: A sparse gradient.
         """
+        updating = self._accumulation_steps is not None and position == self._accumulation_steps - 1
         for batch in self._batches:
-            if not batch.knows(state):
+            if not batch.knows(state) or (updating and any(_owed(state.get(param)) for param in batch.absent)):
                 self._batches = []
                 break
         same = self._same(groups)
-        return same if same is not None else self._anew(groups, state, position)
+        return same if same is not None else self._anew(groups, state, position, updating)
 
     def _same(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Part], list[Tensor]] | None:
         """Those of the last step with the settings of now; None if more than values has changed since."""
@@ -76,7 +79,9 @@ class Parts:
             params += batch.params
         return parts, params
 
-    def _anew(self, groups: Sequence[dict[str, Any]], state: Any, position: int) -> tuple[list[Part], list[Tensor]]:
+    def _anew(
+        self, groups: Sequence[dict[str, Any]], state: Any, position: int, updating: bool
+    ) -> tuple[list[Part], list[Tensor]]:
         found = []
         for index, group in enumerate(groups):
             h, now = self._settings.now(index, group)
@@ -85,7 +90,7 @@ class Parts:
             if known is not None and grads is not None:
                 batch = known
             else:
-                batch = self._batch(group["params"], h, state, position)
+                batch = self._batch(group["params"], h, state, position, updating)
                 self._batches[index:] = [batch, *self._batches[index + 1 :]]
                 grads = [_gradient(param) for param in batch.params]
             found.append((h, now, batch, grads))
@@ -99,10 +104,8 @@ class Parts:
         return parts, params
 
     @torch.no_grad()
-    def _batch(self, source: list[Tensor], h: Hyperparameters, state: Any, position: int) -> Batch:
+    def _batch(self, source: list[Tensor], h: Hyperparameters, state: Any, position: int, updating: bool) -> Batch:
         """The parameters with a gradient; with accumulation, at an update, also those that had one in its window."""
-        steps = h.gradient_accumulation_steps
-        updating = steps is not None and position == steps - 1
         chosen = [p for p in source if p.grad is not None or (updating and _owed(state.get(p)))]
         for param in chosen:
             if param.grad is not None and param.grad.layout != torch.strided:
