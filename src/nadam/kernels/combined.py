@@ -18,14 +18,14 @@ from nadam.kernels.table import Table, address
 if TYPE_CHECKING:
     from nadam.core.step import Part
 
-# Words of the arguments of both kernels: where the pass is, where its own arguments are, number of tensors, answer.
-PASS, ARGUMENTS, NUM_TENSORS, ANSWER = range(4)
-# Of `norms`: where to write them; float64: the square of what multiplies the gradients.
-NORMS, SQUARE = range(4, 6)
+# Words of the arguments of both kernels: where the pass is, where its own arguments are, number of tensors.
+PASS, ARGUMENTS, NUM_TENSORS = range(3)
+# Of `norms`: where to write them, and whether all are finite; float64: the square of what multiplies the gradients.
+NORMS, FINITE, SQUARE = range(3, 6)
 # Of `update`: parameters that show their own number of steps; where it is kept which tensors decay; every so many
 # updates the parameters take their averages; then float64.
-SHOWN, DECAYS, FREQUENCY, GRAD_FACTOR, TINY = range(4, 9)
-LR, BETA1, BETA2, EPS, MOMENTUM_DECAY, DECAY, CLIPVALUE, EMA_MOMENTUM = range(9, 17)
+SHOWN, DECAYS, FREQUENCY, GRAD_FACTOR, TINY = range(3, 8)
+LR, BETA1, BETA2, EPS, MOMENTUM_DECAY, DECAY, CLIPVALUE, EMA_MOMENTUM = range(8, 16)
 NEVER = 1 << 62
 
 
@@ -62,14 +62,10 @@ class Combined:
             self._norms_kernel = native.kernel("scalars", "norms")
         self._square[SQUARE] = unscale**2
         self._norms_kernel(self._addresses[0], threads.UNTIL_DONE)
-        return self._norms.tolist() if self._measured[ANSWER] else None
+        return self._norms.tolist() if self._measured[FINITE] else None
 
-    def update(self, part: Part, grad_factor: float) -> bool:
-        """The one pass, and the counters.
-
-        Returns:
-            Whether it was done; if not, a scalar was too large for the compute dtype, and nothing has changed.
-        """
+    def update(self, part: Part, grad_factor: float) -> None:
+        """The one pass, and the counters."""
         h, now, clock, _ = part
         known = self._known
         if known[0] is not h or known[1] is not now or known[2] is not clock:
@@ -78,11 +74,8 @@ class Combined:
         self._inputs[GRAD_FACTOR] = grad_factor
         table.forget_multipliers()
         self._update_kernel(self._addresses[1], threads.SLICE)
-        if not self._updated[ANSWER]:
-            return False
         while table.shared[TICKET] < len(table.chunks):
             self._pass(self._arguments, threads.SLICE)
-        return True
 
     def forget(self) -> None:
         """Lay everything out anew: the table's passes have run otherwise meanwhile."""

@@ -114,7 +114,8 @@ class Plan:
                 return False
             table, _, decays, _ = self.groups[0]
             self._combined = Combined(table, decays)
-        return self._combined.update(part, grad_factor)
+        self._combined.update(part, grad_factor)
+        return True
 
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""

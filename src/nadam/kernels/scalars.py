@@ -16,7 +16,6 @@ from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.rebind import rebind
 from nadam.kernels import table
 from nadam.kernels.combined import (
-    ANSWER,
     ARGUMENTS,
     BETA1,
     BETA2,
@@ -25,6 +24,7 @@ from nadam.kernels.combined import (
     DECAYS,
     EMA_MOMENTUM,
     EPS,
+    FINITE,
     FREQUENCY,
     GRAD_FACTOR,
     LR,
@@ -91,11 +91,11 @@ def norms() -> Any:
         chunks = integers(arguments[CHUNKS])
         for chunk in range(arguments[NUM_CHUNKS]):
             found[chunks[CHUNK_COLUMNS * chunk + TENSOR]] += totals[chunk]
-        b[ANSWER] = 1
+        b[FINITE] = 1
         for tensor in range(b[NUM_TENSORS]):
             found[tensor] = math.sqrt(found[tensor] * numbers[SQUARE])
             if math.isinf(found[tensor]):
-                b[ANSWER] = 0
+                b[FINITE] = 0
 
     return kernel
 
@@ -132,13 +132,9 @@ def update(compute: str) -> Any:
         kept, weight, overwrite = averaging(x[EMA_MOMENTUM], b[FREQUENCY], step)
         eps, rest = held(c.eps, x[TINY]), (1.0, x[CLIPVALUE], kept, weight)
         target = values(arguments[EXTRA + 2])
-        b[ANSWER] = 0
         made = (c.exp_avg_weight, c.exp_avg_sq_weight, c.exp_avg_step, c.grad_step, eps, *rest)
         for k, value in enumerate(made):
             target[k] = narrow(value)
-            if math.isinf(target[k]) and not math.isinf(value):
-                return
-        b[ANSWER] = 1
         arguments[EXTRA + 3] = overwrite
         factors, decays, excluded = values(arguments[EXTRA]), values(arguments[EXTRA + 1]), doubles(b[DECAYS])
         for tensor in range(b[NUM_TENSORS]):
