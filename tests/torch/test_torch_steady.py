@@ -43,6 +43,7 @@ class Slow(NAdam):
 
     def step(self, closure=None):
         with pytest.MonkeyPatch.context() as patch:
+            self._parts.forget()
             patch.setattr(Parts, "_same", lambda *_: None)
             patch.setattr(plan.Plan, "update_at_once", lambda *_: False)
             patch.setattr(plan.Plan, "_can_combine", lambda _: False)

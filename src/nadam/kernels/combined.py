@@ -72,7 +72,6 @@ class Combined:
             self._settle(part)
         table = self._table
         self._inputs[GRAD_FACTOR] = grad_factor
-        table.forget_multipliers()
         self._update_kernel(self._addresses[1], threads.SLICE)
         while table.shared[TICKET] < len(table.chunks):
             self._pass(self._arguments, threads.SLICE)
@@ -84,6 +83,7 @@ class Combined:
     def _settle(self, part: Part) -> None:
         """Lay out what stays as it is for as long as the settings do."""
         self.forget()
+        self._table.forget_multipliers()
         i, words = part.inputs(), self._updated
         averaged = i.ema_momentum is not None
         variant = (False, i.clipvalue < np.inf, averaged, i.coupled, False)
