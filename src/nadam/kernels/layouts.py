@@ -126,7 +126,7 @@ class Headers:
         types: tuple[type, type] = (object, object),
         members: NDArray[np.int64] | None = None,
     ) -> None:
-        self._members = np.arange(len(params)) if members is None else members
+        self._members = np.arange(len(params), dtype=np.int64) if members is None else members
         self._expected, self._table = expected, table
         self._pointers = np.array([address(wanted) for wanted in expected], np.int64)
         ranges = sorted(written)
