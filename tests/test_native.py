@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nadam
-from nadam.core import average, gradient, rule
+from nadam.core import average, coefficients, gradient, rule
 from nadam.kernels import native
 
 # Three steps of a small model; what it prints is the result, and how it got its kernels.
@@ -207,7 +207,11 @@ def test_a_changed_rule_is_never_served_from_an_old_cache(tmp_path):
     assert restored["compiled"] == 0
 
 
-@pytest.mark.parametrize("function", [rule.update, gradient.limit, average.average], ids=lambda f: f.__name__)
+MATHEMATICS = [rule.update, gradient.limit, average.average, average.averaging]
+MATHEMATICS += [coefficients.coefficients, coefficients.momentum, coefficients.log]
+
+
+@pytest.mark.parametrize("function", MATHEMATICS, ids=lambda f: f.__name__)
 def test_a_file_is_named_after_the_mathematics(monkeypatch, function):
     before = native._path("numba-one_pass")
     code = function.__code__.replace(co_consts=(*function.__code__.co_consts, 2.0))

@@ -69,6 +69,11 @@ class Clock:
         """Per parameter: 1 where it had a gradient since the last update."""
         return self._seen_now
 
+    @property
+    def shown(self) -> int:
+        """Parameters that have their own number of updates and momentum product."""
+        return len(self._seen_now) if self._has_steps else 0
+
     def start(self, updates: int, momentum_product: float, position: int, accumulation_steps: int) -> None:
         """Set the counters, as those of a run that was resumed."""
         self.now[CALLS] = updates * accumulation_steps + position

@@ -20,6 +20,9 @@ def rebind(function: Callable[..., Any], **names: Any) -> FunctionType:
         [0.5, 0.5]
     """
     assert isinstance(function, FunctionType)
-    copy = FunctionType(function.__code__, names, function.__name__)
+    code = function.__code__
+    # Numba cannot call with arguments that are only named; that they may be given by place too harms nobody.
+    code = code.replace(co_argcount=code.co_argcount + code.co_kwonlyargcount, co_kwonlyargcount=0)
+    copy = FunctionType(code, names, function.__name__)
     copy.__module__ = __name__  # Numba names what it compiles after the module
     return copy

@@ -23,12 +23,18 @@ from nadam.kernels.layouts import (
     FUNCTION,
     HIGH,
     HIGHS,
+    LIST,
+    LIST_ITEMS,
     LOW,
     LOWS,
+    MEMBERS,
     MISMATCH,
     NDIM,
     NUM_RANGES,
     NUM_TENSORS,
+    OBJECT_TYPE,
+    ONE_TYPE,
+    OTHER_TYPE,
     SHAPE,
     STRIDES,
     STRUCT_FLAGS,
@@ -78,13 +84,28 @@ def torch_tensor(tensor, b):
     return view[DL_KIND], ndim, on_cpu, view[DL_DATA] + view[DL_OFFSET], view[DL_SIZES], view[DL_STRIDES]
 
 
+@njit(error_model="numpy", _nrt=False)
+def taken_from_list(b):
+    """The place of the first gradient of another type than expected, or -1; those before it are at hand then."""
+    items, members = integers(integers(b[LIST])[LIST_ITEMS]), integers(b[MEMBERS])
+    n = b[NUM_TENSORS]
+    grads = integers(b[ARRAYS] + 8 * n)
+    for t in range(n):
+        grad = items[members[t]]
+        kind = integers(grad)[OBJECT_TYPE]
+        if kind != b[ONE_TYPE] and kind != b[OTHER_TYPE]:
+            return n + t
+        grads[t] = grad
+    return int64(-1)
+
+
 def refresh(source: str) -> Any:
     """The kernel that writes the addresses of arrays into a table, up to the first that is not as expected.
 
     Args:
-        source: "numpy_array" or "torch_tensor"; for the latter the kernel is called with the GIL held.
+        source: "numpy_array", or "torch_tensor" for gradients in a list; the latter is called with the GIL held.
     """
-    look = globals()[source]
+    look, listed = globals()[source], source == "torch_tensor"
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):
@@ -92,6 +113,10 @@ def refresh(source: str) -> Any:
         arrays, expected, table = integers(b[ARRAYS]), integers(b[EXPECTED]), integers(b[TABLE])
         lows, highs = integers(b[LOWS]), integers(b[HIGHS])
         n = b[NUM_TENSORS]
+        if listed:
+            b[MISMATCH] = taken_from_list(b)
+            if b[MISMATCH] >= 0:
+                return
         for t in range(2 * n):  # parameters, then gradients
             b[MISMATCH] = t
             is_grad = t >= n

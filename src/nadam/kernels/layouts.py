@@ -22,6 +22,10 @@ TYPE, NDIM, FLAGS, ALIGNMENT, LOW, HIGH, SHAPE = range(7)
 WRITEABLE = 0x0400
 # Arguments of the kernel in headers.py.
 ARRAYS, EXPECTED, TABLE, LOWS, HIGHS, NUM_TENSORS, NUM_RANGES, MISMATCH, FUNCTION, VIEW = range(10)
+# And where gradients are given as a list: the list, which of it are wanted, the two types that they may have.
+LIST, MEMBERS, ONE_TYPE, OTHER_TYPE = range(10, 14)
+# Words of every Python object, and of a list.
+OBJECT_TYPE, LIST_ITEMS = 1, 3
 
 DENSE = np.array([-1])
 
@@ -107,6 +111,8 @@ class Headers:
         table: Rows of the kernels' table of tensors, whose addresses are kept up to date.
         written: First and last address of all that the step writes to; no gradient may overlap it.
         function: Address of the function that describes an array, where the kernel takes one.
+        types: The two types that gradients may have, where they are given as a list.
+        members: Which of such a list are these.
     """
 
     def __init__(
@@ -117,7 +123,10 @@ class Headers:
         table: NDArray[np.int64],
         written: Sequence[tuple[int, int]],
         function: int = 0,
+        types: tuple[type, type] = (object, object),
+        members: NDArray[np.int64] | None = None,
     ) -> None:
+        self._members = np.arange(len(params), dtype=np.int64) if members is None else members
         self._expected, self._table = expected, table
         self._pointers = np.array([address(wanted) for wanted in expected], np.int64)
         ranges = sorted(written)
@@ -129,8 +138,9 @@ class Headers:
         self._grads = self._arrays[len(params) :]
         self._view = np.zeros(6, np.int64)
         addresses = [address(array) for array in (self._arrays, self._pointers, table, self._lows, self._highs)]
-        self._block = np.array([*addresses, len(params), len(ranges), -1, function, address(self._view)], np.int64)
-        self._address, self._result = address(self._block), self._block.data
+        where = (function, address(self._view), 0, address(self._members), *map(id, types))
+        self._block = np.array([*addresses, len(params), len(ranges), -1, *where], np.int64)
+        self._address, self._words = address(self._block), self._block.data
         self._kernel = kernel
 
     def refresh(self, identities: NDArray[np.int64]) -> bool:
@@ -141,7 +151,13 @@ class Headers:
         """
         self._grads[:] = identities
         self._kernel(self._address, 0)
-        return self._result[MISMATCH] < 0
+        return self._words[MISMATCH] < 0
+
+    def refresh_from(self, grads: list[Any]) -> bool:
+        """The same for a list of them, from which the kernel takes its own; it looks at their types too."""
+        self._words[LIST] = id(grads)
+        self._kernel(self._address, 0)
+        return self._words[MISMATCH] < 0
 
 
 def array_headers(
@@ -180,3 +196,19 @@ def headers_readable() -> bool:
     flags = ctypes.c_int32.from_address(id(array) + 8 * STRUCT_FLAGS).value
     sizes, strides = ((ctypes.c_int64 * 2).from_address(words[word]) for word in (DIMENSIONS, STRIDES))
     return not flags & WRITEABLE and (tuple(sizes), tuple(strides)) == (array.shape, array.strides)
+
+
+@cache
+def lists_readable() -> bool:
+    """Whether this interpreter keeps a list's items and an object's type where headers.py reads them."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    items = [np.zeros(1), 2.0, "three"]
+    words = (ctypes.c_int64 * (LIST_ITEMS + 1)).from_address(id(items))
+    if words[OBJECT_TYPE] != id(list) or words[LIST_ITEMS - 1] != len(items):  # the word before is their number
+        return False
+    found = list((ctypes.c_int64 * len(items)).from_address(words[LIST_ITEMS]))
+    if found != list(map(id, items)):
+        return False
+    kinds = [ctypes.c_int64.from_address(item + 8 * OBJECT_TYPE).value for item in found]
+    return kinds == [id(type(item)) for item in items]

@@ -24,7 +24,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from nadam.core import average, gradient, rule
+from nadam.core import average, coefficients, gradient, rule
 
 _DIGEST = hashlib.sha256().digest_size
 _SYMBOL_END = b"\n"
@@ -48,8 +48,10 @@ define void @task(i64 %scratch) {{
 """
 # What LLVM makes of loops that fill or copy; without Numba in the process it would find none of these.
 _LIBRARY = {"memset": ctypes.memset, "memcpy": ctypes.memmove, "memmove": ctypes.memmove}
+_FUNCTIONS = ("pow", "log", "expm1")  # of the C library that Python's own `math` calls
 _lock = Lock()
 _kernels: dict[tuple[Any, ...], Any] = {}
+_addresses: dict[Any, int] = {}
 _engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
 compilations = 0  # kernels that this process compiled, for those who want to know
 
@@ -73,6 +75,11 @@ def kernel_holding_gil(module: str, name: str, *variant: Any) -> Callable[[int, 
     """The same, as a function that keeps the GIL and raises the Python exception that the kernel leaves, if any."""
     key = (module, name, variant)
     return _kernels[key] if key in _kernels else _make(_callable_holding_gil, *key)  # type: ignore[no-any-return]
+
+
+def address_of(kernel: Callable[[int, int], None]) -> int:
+    """Where the machine code of a kernel begins, for another kernel that calls it."""
+    return _addresses[kernel]
 
 
 def handler(name: str, *variant: Any) -> int:
@@ -121,15 +128,13 @@ def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
 
 
 def _callable(symbol: str, machine_code: bytes, convention: Any = ctypes.CFUNCTYPE) -> Callable[[int, int], None]:
-    # Numba's calling convention: where to put the result, where to put an exception, then the arguments.
-    kind = convention(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    function = kind(_engine(machine_code).get_function_address(symbol))
-    unused = ctypes.create_string_buffer(64)
-    nowhere = ctypes.addressof(unused)
-
-    def call(block: int, budget: int, _keep: Any = unused) -> None:
-        function(nowhere, nowhere, block, budget)
-
+    # Numba's calling convention: where to put the result, where to put an exception, then the arguments, two int64:
+    # as pointers, which they are as wide as, they are converted in half the time.
+    kind = convention(ctypes.c_int32, *[ctypes.c_void_p] * 4)
+    address = _engine(machine_code).get_function_address(symbol)
+    nowhere = ctypes.cast(ctypes.create_string_buffer(64), ctypes.c_void_p)
+    call = partial(kind(address), nowhere, nowhere)
+    _addresses[call] = address
     return call
 
 
@@ -143,7 +148,7 @@ def _handler(symbol: str, machine_code: bytes) -> int:
 def _engine(machine_code: bytes, assembly: str = "") -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    for name, function in _LIBRARY.items():
+    for name, function in {**_LIBRARY, **mathematical_functions()}.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="large")  # a call may go far
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
@@ -151,6 +156,15 @@ def _engine(machine_code: bytes, assembly: str = "") -> Any:
     engine.finalize_object()
     _engines.append(engine)
     return engine
+
+
+@cache
+def mathematical_functions() -> dict[str, Any]:
+    """Those of the C library that Python's own `math` calls; empty where they cannot be found."""
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+        return {name: getattr(library, name) for name in _FUNCTIONS}
+    return {}
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -220,5 +234,8 @@ def _environment() -> str:
 
 def _mathematics() -> str:
     """The functions that are compiled into the passes, as they are now."""
-    codes = [function.__code__ for function in (rule.update, gradient.limit, gradient.coupled, average.average)]
-    return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
+    passes = (rule.update, gradient.limit, gradient.coupled, average.average)
+    scalars = (coefficients.coefficients, coefficients.momentum, coefficients.log, average.averaging, average.where)
+    codes = [function.__code__ for function in (*passes, *scalars)]
+    constants = [coefficients.MOMENTUM_WARMUP]
+    return repr([*constants, *((code.co_code, code.co_consts, code.co_names) for code in codes)])

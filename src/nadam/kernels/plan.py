@@ -1,9 +1,11 @@
 """The tensors of one call, sorted into tables by their number formats; the passes over all of them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from math import sqrt
 from sys import float_info
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,12 @@ from numpy.typing import NDArray
 from nadam.core.average import Averaging
 from nadam.core.coefficients import Coefficients
 from nadam.core.gradient import Check
+from nadam.kernels import native
+from nadam.kernels.combined import Combined
 from nadam.kernels.table import Commit, Table
+
+if TYPE_CHECKING:
+    from nadam.core.step import Part
 
 # Float64 gradients whose squares overflow are measured again times this: no square of theirs overflows then.
 SHRINK = 2.0**-600
@@ -40,10 +47,21 @@ class Plan:
         groups: Their tables; each tensor is in one.
         members: Which of the optimizer's parameters they are.
         seed: Of the rounding by chance, where there is any.
+        combines: Whether to combine passes with what is around them from the second update on, where that can be.
     """
 
-    def __init__(self, groups: Sequence[Group], members: NDArray[np.int64], seed: int = 0) -> None:
+    def __init__(
+        self, groups: Sequence[Group], members: NDArray[np.int64], seed: int = 0, combines: bool = False
+    ) -> None:
         self.groups, self.members, self.seed = groups, members, seed
+        self._uses = 0 if combines and self._can_combine() else -1
+        self._combined: Combined | None = None
+
+    def _can_combine(self) -> bool:
+        if len(self.groups) != 1 or not native.mathematical_functions():
+            return False
+        table, _, _, averaged = self.groups[0]
+        return bool(averaged and len(table.chunks) and not table.rounded and not table.worth_sharing)
 
     def measure(self, unscale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
         """Read the gradients once.
@@ -56,6 +74,10 @@ class Plan:
         Returns:
             The norm of each tensor, finite where its values are; and whether all values pass the check.
         """
+        if self._combined is not None and check is Check.NOTHING and not accumulated:
+            known = self._combined.norms(unscale)
+            if known is not None:
+                return known, True
         norms = np.empty(len(self.members))
         for table, members, *_ in self.groups:
             largest = sqrt(table.largest) if check is Check.SQUARES_FINITE else table.largest
@@ -73,6 +95,27 @@ class Plan:
                 sums, _ = table.measure(unscale, accumulated, largest, SHRINK)
                 norms[members[overflowed]] = [sqrt(total) / SHRINK for total in sums[overflowed]]
         return norms.tolist(), True
+
+    def update_at_once(self, part: Part, grad_factor: float) -> bool:
+        """An update without accumulation, the counters and all, in one foreign call.
+
+        Args:
+            part: Whose plan this is.
+            grad_factor: What multiplies all gradients.
+
+        Returns:
+            Whether it was done; if not, nothing has changed.
+        """
+        if self._combined is None:
+            if self._uses < 0:
+                return False
+            self._uses += 1  # gradients that never come the same way twice are not worth the arguments
+            if self._uses < 2:
+                return False
+            table, _, decays, _ = self.groups[0]
+            self._combined = Combined(table, decays)
+        self._combined.update(part, grad_factor)
+        return True
 
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""
@@ -105,6 +148,8 @@ class Plan:
             commit: The counters before and after.
             step: Number of this update; what is rounded by chance depends on it.
         """
+        if self._combined is not None:
+            self._combined.forget()
         for table, members, decays, averaged in self.groups:
             if table.rounded:
                 table.keys[:] = keys(self.seed, step, self.members[members])

@@ -48,9 +48,9 @@ class Table:
         self.rows, self.sizes, self.keep = tensors
         self.compute = spans.COMPUTE_DTYPE[param_format]
         self.chunks = spans.spans(self.sizes)
-        self._worth_sharing = sum(self.sizes) >= WORTH_SHARING
+        self.worth_sharing = sum(self.sizes) >= WORTH_SHARING
         limits = np.finfo(self.compute)
-        self.largest, self._tiny = float(limits.max), float(limits.smallest_subnormal)
+        self.largest, self.tiny = float(limits.max), float(limits.smallest_subnormal)
         n = len(self.sizes)
         self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
         self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
@@ -60,11 +60,14 @@ class Table:
         )
         self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
         self._control = np.zeros(2, np.int64)
-        self._shared = self._control.data  # the same, faster to read
+        self.shared = self._control.data  # the same, faster to read
         self.keys = np.zeros(n, np.uint32)  # of the first moments' rounding by chance, new at every step
         self._update_block = self._block(self._factors, self._decays, self._scalars, None, self.keys)
-        self._accumulate_block = self._block(self._bounds)
-        self._measure_block = self._block(self._bounds, self._scale, self._totals, self._outside)
+        self._blocks = {
+            "one_pass": self._update_block,
+            "accumulate": self._block(self._bounds),
+            "measure": self._block(self._bounds, self._scale, self._totals, self._outside),
+        }
         gradient = (grad_format, self.compute)
         self._formats = {"one_pass": (param_format, grad_format), "accumulate": gradient, "measure": gradient}
         self._kernels: dict[tuple[str, tuple[Any, ...]], Callable[[int, int], None]] = {}
@@ -76,15 +79,21 @@ class Table:
         block = np.array([*common, *(0 if array is None else address(array) for array in extra)], np.int64)
         return block, address(block)
 
-    def _run(self, block: tuple[NDArray[np.int64], int], commit: Commit | None, name: str, *variant: Any) -> None:
+    def ready(self, name: str, commit: Commit | None, *variant: Any) -> tuple[Callable[[int, int], None], int]:
+        """The kernel of a pass, and the address of its arguments."""
         kernel = self._kernels.get((name, variant))
         if kernel is None:
             kernel = self._kernels[name, variant] = native.kernel("numba", name, *self._formats[name], *variant)
+        block, address_of_block = self._blocks[name]
         if commit is not None and commit is not self._commits.get(name):
             clock, advanced = self._commits[name] = commit
-            block[0][spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
-        helpers = min(get_num_threads(self._default_threads), len(self.chunks)) - 1 if self._worth_sharing else 0
-        share_out(kernel, block[1], self._shared, len(self.chunks), helpers)
+            block[spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
+        return kernel, address_of_block
+
+    def _run(self, name: str, commit: Commit | None, *variant: Any) -> None:
+        kernel, address_of_block = self.ready(name, commit, *variant)
+        helpers = min(get_num_threads(self._default_threads), len(self.chunks)) - 1 if self.worth_sharing else 0
+        share_out(kernel, address_of_block, self.shared, len(self.chunks), helpers)
 
     def measure(
         self, unscale: float, accumulated: bool, largest: float | None = None, scale: float = 1.0
@@ -104,7 +113,7 @@ class Table:
         self._bounds[:] = unscale, largest or 0.0
         self._scale[0] = scale
         self._totals[:], self._outside[:] = 0.0, 0
-        self._run(self._measure_block, None, "measure", accumulated, counted)
+        self._run("measure", None, accumulated, counted)
         sums = np.zeros(len(self.sizes))
         np.add.at(sums, self.chunks[:, spans.TENSOR], self._totals)
         if not (accumulated or counted):
@@ -120,10 +129,14 @@ class Table:
             np.multiply(decays, decay, out=self._decays, casting="same_kind")
             self._multipliers = wanted
 
+    def forget_multipliers(self) -> None:
+        """Somebody else writes them."""
+        self._multipliers = None
+
     def accumulate(self, unscale: float, commit: Commit) -> None:
         """Add the unscaled gradients to the accumulators."""
         self._bounds[0] = unscale
-        self._run(self._accumulate_block, commit, "accumulate")
+        self._run("accumulate", commit)
 
     def update(
         self,
@@ -146,12 +159,16 @@ class Table:
             commit: The counters before and after.
         """
         momentum, weight, overwrite = averaging if averaging is not None else (0.0, 0.0, False)
-        eps = max(c.eps, self._tiny) if c.eps else 0.0  # an eps that is not zero stays so in float32
-        rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
+        rest = (held(c.eps, self.tiny), 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
         self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
         self._update_block[0][spans.EXTRA + 3] = overwrite
         variant = (unscale is not None, clipvalue < inf, averaging is not None, coupled, self.rounded)
-        self._run(self._update_block, commit, "one_pass", *variant)
+        self._run("one_pass", commit, *variant)
+
+
+def held(eps: float, tiny: float) -> float:
+    """An eps that is not zero stays so in the compute dtype, whose smallest number is ``tiny``."""
+    return max(eps, tiny) if eps else 0.0
 
 
 def address(array: NDArray[Any]) -> int:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nadam.kernels import native
-from nadam.kernels.layouts import Headers, bounds, expectation, overlaps_itself
+from nadam.kernels.layouts import Headers, bounds, expectation, lists_readable, overlaps_itself
 from nadam.kernels.plan import Group, Plan
 from nadam.kernels.rows import LARGE, SHIFT, Memory, groups
 from nadam.kernels.spans import GRAD, PARAM, SPLIT
@@ -36,6 +36,10 @@ _DL_DTYPES = {
 DLPACK_VERSION, DESCRIBE = 1, 5
 # What tables depend on besides strides and addresses.
 _kind = attrgetter("dtype", "is_cpu", "shape")
+
+
+# The types that a gradient may have.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Slot(NamedTuple):
@@ -100,7 +104,7 @@ class TensorPlan:
             if high > low:
                 raise ValueError(f"{first} and {second}: the variables share memory")
         made = groups(tensors, list(slots), torch.get_num_threads)
-        self.plan = Plan(made, np.array(members, np.int64), seed)
+        self.plan = Plan(made, np.array(members, np.int64), seed, combines=True)
         self._params = [slot.param for slot in slots]
         addresses = _addresses(grads)
         ends = [bounds(tensor.grad) for tensor in tensors]
@@ -108,14 +112,16 @@ class TensorPlan:
         self._check_apart(addresses)
         # A view that stands for its negative has strides of another tensor's, unless it has none to speak of.
         self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
-        self._fits = (exchange_function() and self._alike_by_headers(made, tensors, grads)) or self._alike(grads)
+        self._fits = (
+            exchange_function() and lists_readable() and self._alike_by_headers(made, tensors, grads)
+        ) or self._alike(grads)
 
     def fits(self, grads: Sequence[torch.Tensor]) -> bool:
         """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
-        if len(grads) != len(self._names) or not set(map(type, grads)) <= {torch.Tensor, torch.nn.Parameter}:
+        if len(grads) != len(self._names):
             return False
         try:
-            if not self._fits(grads):
+            if not self._fits(grads if type(grads) is list else list(grads)):
                 return False
             return not (self._perhaps_negative and any(grads[i].is_neg() for i in self._perhaps_negative))
         except RuntimeError:  # a sparse tensor has no address
@@ -123,9 +129,10 @@ class TensorPlan:
 
     def _alike_by_headers(
         self, made: Sequence[Group], tensors: Sequence[Memory], grads: Sequence[torch.Tensor]
-    ) -> Callable[[Sequence[torch.Tensor]], bool] | None:
+    ) -> Callable[[list[torch.Tensor]], bool] | None:
         """The check by the kernel that asks PyTorch for all gradients at once; None where it finds not even these."""
         kernel, function = native.kernel_holding_gil("headers", "refresh", "torch_tensor"), exchange_function()
+        given = list(grads)
         written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
         checks = []
         for group in made:
@@ -133,27 +140,24 @@ class TensorPlan:
             expected = [_expected(tensors[i].param, self._params[i]) for i in group.members]
             expected += [_expected(tensors[i].grad, grads[i]) for i in group.members]
             group.table.rows[:, PARAM] = _addresses(params)  # 0 for one without elements
-            headers = Headers(kernel, params, expected, group.table.rows, written, function)
-            if not headers.refresh(np.array([id(grads[i]) for i in group.members], np.int64)):
+            headers = Headers(kernel, params, expected, group.table.rows, written, function, PLAIN, group.members)
+            if not headers.refresh_from(given):
                 return None
-            checks.append((group.members, headers))
+            checks.append(headers.refresh_from)
+        if len(checks) == 1:
+            return checks[0]
+        return lambda grads: all(refresh(grads) for refresh in checks)
 
-        def alike(grads: Sequence[torch.Tensor]) -> bool:
-            identities = np.fromiter(map(id, grads), np.int64, len(grads))
-            if len(checks) == 1:
-                return checks[0][1].refresh(identities)
-            return all(headers.refresh(identities[members]) for members, headers in checks)
-
-        return alike
-
-    def _alike(self, grads: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:
+    def _alike(self, grads: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], bool]:
         """The check where PyTorch has no function for that, as before 2.9: by its methods, one by one."""
         kinds, strides = list(map(_kind, grads)), list(map(torch.Tensor.stride, grads))
         params = _addresses(self._params)
         widths = np.array([grad.itemsize for grad in grads], np.int64)
         aligned = not (_addresses(grads) % widths).any()
 
-        def alike(grads: Sequence[torch.Tensor]) -> bool:
+        def alike(grads: list[torch.Tensor]) -> bool:
+            if not set(map(type, grads)) <= set(PLAIN):
+                return False
             if list(map(_kind, grads)) != kinds or list(map(torch.Tensor.stride, grads)) != strides:
                 return False
             addresses = _addresses(grads)

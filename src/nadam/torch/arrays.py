@@ -15,6 +15,7 @@ from nadam.core.average import Averaging
 from nadam.core.coefficients import Coefficients
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.step import Part
 from nadam.kernels.arrays import mathematics
 from nadam.kernels.plan import SHRINK, keys
 from nadam.kernels.table import Commit
@@ -100,6 +101,10 @@ class ArraysPlan:
         commit[0][:] = commit[1]
         added = self._wide(unscale, accumulated=False)
         torch._foreach_add_([row.state["grad_accumulator"] for row in self.rows], added.tensors)
+
+    def update_at_once(self, part: Part, grad_factor: float) -> bool:
+        """As of `Plan`: there is no such way here."""
+        return False
 
     @torch.no_grad()
     def update(

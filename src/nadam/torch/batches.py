@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from nadam.core.clock import Clock
-from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.step import Part
+from nadam.kernels.plan import Plan
 from nadam.kernels.rows import LARGE, SHIFT
 from nadam.kernels.tensors import FORMATS, Slot, TensorPlan
 from nadam.torch.arrays import ArraysPlan, Row
@@ -67,7 +69,7 @@ class Cohort:
             state["step"], state["mu_product"] = step, product
         self._moments = [state["exp_avg"] for state in states]
         self._complex = [(param, param.data_ptr()) for param in params if param.is_complex()]
-        self._sharded = any(map(is_sharded, params))
+        self.sharded = any(map(is_sharded, params))
         self._shares: list[Tensor] = []
         self._plan: TensorPlan | None = None
         self.held: Any = None  # gradients that a plan made in this step points to; they may be copies
@@ -80,10 +82,11 @@ class Cohort:
             RuntimeError: A sparse gradient.
             ValueError: Memory that overlaps, a parameter whose shape has changed.
         """
-        if self._sharded:
+        if self.sharded:
             grads = [local_gradient(param, grad) for param, grad in zip(self.params, grads, strict=True)]
-        if self._plan is not None and self._is_current() and self._plan.fits(grads):
-            return self._plan.plan
+        known = self.fitting(grads)
+        if known is not None:
+            return known
         self.held = grads = [usable(grad, name) for grad in grads]
         for param, state in zip(self.params, self.states, strict=True):
             settle(param, state, self._keeping)
@@ -104,13 +107,18 @@ class Cohort:
         self._plan = TensorPlan(slots, grads, self._members, self._keeping.seed)
         return self._plan.plan
 
+    def fitting(self, grads: Sequence[Tensor]) -> Plan | None:
+        """The last plan, if it is one for these gradients, those of this process's shares."""
+        known = self._plan
+        return known.plan if known is not None and self._is_current() and known.fits(grads) else None
+
     def _is_current(self) -> bool:
         """Whether nobody has put other tensors in the place of the state, or of complex parameters, which are views."""
         if not all(map(is_, map(_exp_avg, self.states), self._moments)):
             return False
         if self._complex and any(param.data_ptr() != address for param, address in self._complex):
             return False
-        return not self._sharded or all(map(is_, map(local, self.params), self._shares))
+        return not self.sharded or all(map(is_, map(local, self.params), self._shares))
 
 
 class Batch:
@@ -119,18 +127,36 @@ class Batch:
     def __init__(self, source: list[Tensor], params: list[Tensor], cohorts: list[Cohort]) -> None:
         self.source, self.params, self.cohorts = source, params, cohorts
         self.count = len(source)
+        self.sharded = any(cohort.sharded for cohort in cohorts)
         present = {id(param): i for i, param in enumerate(params)}
         self.absent = [param for param in source if id(param) not in present]
         self.places = [[present[id(param)] for param in cohort.params] for cohort in cohorts]
 
+    def parts(self, source: list[Tensor], h: Hyperparameters, now: Now) -> list[Part] | None:
+        """The parts of the last call, if the same parameters have a gradient as then, and all lies as it did."""
+        grads = None if self.sharded else self._grads(source)
+        if grads is None:
+            return None
+        parts = []
+        for cohort, places in zip(self.cohorts, self.places, strict=True):
+            plan = cohort.fitting(grads if len(self.cohorts) == 1 else [grads[i] for i in places])
+            if plan is None:
+                return None
+            parts.append(Part(h, now, cohort.clock, plan))
+        return parts
+
     def grads(self, source: list[Tensor]) -> list[Tensor] | None:
         """The gradients, if the same parameters have one as before."""
+        grads = self._grads(source)
+        return grads if grads is not None and all(map(_is_there, grads)) else None
+
+    def _grads(self, source: list[Tensor]) -> list[Tensor] | None:
+        """The same, with None among them where one is gone."""
         if source is not self.source or len(source) != self.count:
             return None
-        grads = list(map(_grad, self.params))
-        if not all(map(_is_there, grads)) or (self.absent and any(param.grad is not None for param in self.absent)):
+        if self.absent and any(param.grad is not None for param in self.absent):
             return None
-        return grads
+        return list(map(_grad, self.params))
 
     def knows(self, state: Mapping[Tensor, State]) -> bool:
         """Whether the optimizer's state is still what this was made for."""

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.step import Part, StepReport, step
+from nadam.core.step import StepReport, step
 from nadam.torch import batches, settings, state
 from nadam.torch.arrays import Row, differentiable_step, joined, store
+from nadam.torch.parts import Parts
 from nadam.torch.sharding import combiner, local
 
 POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
@@ -135,8 +136,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
-        self._batches: list[batches.Batch] = []
         self._settings = settings.Settings(self._extras)
+        steps = self._extras["gradient_accumulation_steps"]
+        self._parts = Parts(self._settings, self._keeping, steps, type(self).__name__)
         self._skipped = 0
         self._position = 0
         self.last_step: StepReport | None = None
@@ -184,7 +186,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         except BaseException:
             self.param_groups.pop()
             raise
-        self._batches = []
+        self._parts.forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step.
@@ -228,18 +230,18 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if found is not None and float(found):
             self._skip()
             return
-        parts, params = self._parts()
+        parts, params = self._parts.now(self.param_groups, self.state, self._position)
         if not parts:
             return
         try:
-            combine = combiner(params) if self._measures else None
+            combine = combiner(params) if self._measures and self._parts.sharded else None
             report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
         finally:
             increment_version(params)
-            self._position = parts[0].clock.calls % (parts[0].h.gradient_accumulation_steps or 1)
-            for batch in self._batches:
-                for cohort in batch.cohorts:
-                    cohort.held = None
+            accumulation_steps = parts[0].h.gradient_accumulation_steps
+            if accumulation_steps is not None:
+                self._position = parts[0].clock.calls % accumulation_steps
+            self._parts.release()
         self._skipped += report.skipped
         self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
 
@@ -248,50 +250,6 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._skipped += 1
         updates = 0 if self.last_step is None else self.last_step.step
         self.last_step = StepReport(updates, float(self.param_groups[0]["lr"]), None, None, self._skipped, skipped=True)
-
-    def _parts(self) -> tuple[list[Part], list[Tensor]]:
-        """All parameters that have a gradient, with their settings and counters."""
-        for batch in self._batches:
-            if not batch.knows(self.state):
-                self._batches = []
-                break
-        found = []
-        for index, group in enumerate(self.param_groups):
-            h, now = self._settings.now(index, group)
-            known = self._batches[index] if index < len(self._batches) else None
-            grads = None if known is None else known.grads(group["params"])
-            if known is not None and grads is not None:
-                batch = known
-            else:
-                batch = self._batch(group["params"], h)
-                self._batches[index:] = [batch, *self._batches[index + 1 :]]
-                grads = [_gradient(param) for param in batch.params]
-            found.append((h, now, batch, grads))
-        parts: list[Part] = []
-        params: list[Tensor] = []
-        name = type(self).__name__
-        for h, now, batch, grads in found:
-            for cohort, places in zip(batch.cohorts, batch.places, strict=True):
-                own = grads if len(batch.cohorts) == 1 else [grads[i] for i in places]
-                parts.append(Part(h, now, cohort.clock, cohort.planned(own, name)))
-                params += cohort.params
-        return parts, params
-
-    @torch.no_grad()
-    def _batch(self, source: list[Tensor], h: Hyperparameters) -> batches.Batch:
-        """The parameters with a gradient; with accumulation, at an update, also those that had one in its window."""
-        steps = h.gradient_accumulation_steps
-        updating = steps is not None and self._position == steps - 1
-        chosen = [p for p in source if p.grad is not None or (updating and _owed(self.state.get(p)))]
-        for param in chosen:
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        states = []
-        for param in chosen:
-            if not self.state[param]:
-                self.state[param] = batches.new_state(param, h, self._keeping)
-            states.append(self.state[param])
-        return batches.Batch(source, chosen, batches.cohorts(chosen, states, h, self._position, self._keeping))
 
     def _differentiable_step(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -409,15 +367,3 @@ def _is_observed(optimizer: Optimizer) -> bool:
 
 # Dynamo breaks its graph here; PyTorch's own wrapper calls the hooks and names the step to the profiler.
 _observed_step = torch.compiler.disable(Optimizer.profile_hook_step(NAdam._step))
-
-
-def _owed(entry: Mapping[str, Any] | None) -> bool:
-    """Whether a parameter without a gradient had one earlier in this window: it counts as zero now."""
-    return bool(entry) and bool(entry["grad_accumulator"].any())  # type: ignore[index]
-
-
-def _gradient(param: Tensor) -> Tensor:
-    if param.grad is not None:
-        return param.grad
-    share = local(param)
-    return torch.zeros((), dtype=share.dtype, device=share.device).expand(share.shape)
