@@ -13,6 +13,7 @@ from cases import ARGUMENTS, apart
 from nadam.jax import fused, nadam, nadamw
 from reference import Reference
 
+ENABLE_X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 SHAPES = {"bias": (5,), "kernel": (7, 5), "none": (0,), "scale": ()}  # in the order in which JAX sorts them
 DECAYS = {"optax": None, "torch": 0.004, "keras": 1.0}
 NAMES = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
@@ -113,7 +114,7 @@ def test_each_update_as_the_reference(family, dtype):
 @pytest.mark.parametrize("family", DECAYS)
 def test_float64(family):
     decay = DECAYS[family]
-    with jax.enable_x64(True):
+    with ENABLE_X64(True):
         params, _ = train(nadam(0.01, momentum_decay=decay), 100, dtype="float64")
         whole, _ = run(fused(0.01, momentum_decay=decay), 100, "float64")
         grads = [list(map(np.asarray, draw(i + 1, "float64").values())) for i in range(100)]

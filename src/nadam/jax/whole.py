@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, NamedTuple
 
 import jax
@@ -226,12 +227,12 @@ def _is_compiled_itself(grads: Any, state: FusedState, params: Any) -> bool:
     """
     leaves = jax.tree.leaves((grads, state, params))
     try:
-        arguments = leaves[0]._trace.frame.invars[: len(leaves)]
-        return len(arguments) == len(leaves) and all(
-            leaf.val is argument for leaf, argument in zip(leaves, arguments, strict=True)
-        )
-    except (AttributeError, IndexError, TypeError):
+        frame = leaves[0]._trace.frame
+        variables = [leaf.val if hasattr(leaf, "val") else frame.tracer_to_var[id(leaf)] for leaf in leaves]
+        arguments = frame.invars[: len(leaves)]
+    except (AttributeError, IndexError, KeyError):
         return False
+    return len(arguments) == len(variables) and all(map(is_, variables, arguments))
 
 
 def _program(h: Hyperparameters, traits: list[Traits], rotated: bool) -> Callable[..., Any]:

@@ -43,6 +43,7 @@ from nadam.kernels.spans import (
 FRAME_SIZE, EXTENSION, API, CONTEXT, STAGE, NUM_ARGS, ARGS, RETS, FUTURE = 0, 1, 2, 3, 4, 7, 9, 14, 21
 EXTENSION_TYPE, METADATA = 1, 3
 METADATA_VERSION, API_VERSION, METADATA_TRAITS = 3, 4, 4
+FIRST_VERSION = 1 << 32  # major in the lower half of the word, minor in the upper
 SCHEDULE, NUM_THREADS, FUTURE_CREATE, FUTURE_SET_AVAILABLE = 17, 18, 19, 20
 DATA, RANK, DIMS = 3, 4, 5
 EXECUTE = 3
@@ -88,7 +89,8 @@ def answered(frame):
     f = integers(frame)
     if f[EXTENSION] != 0 and small_integers(f[EXTENSION] + 8 * EXTENSION_TYPE)[0] == 1:
         metadata = integers(integers(f[EXTENSION])[METADATA])
-        metadata[METADATA_VERSION] = integers(f[API])[API_VERSION]
+        # Older releases ask without their table of functions; their version is 0.1.
+        metadata[METADATA_VERSION] = integers(f[API])[API_VERSION] if f[API] != 0 else FIRST_VERSION
         small_integers(integers(f[EXTENSION])[METADATA] + 8 * METADATA_TRAITS)[0] = 0
         return True
     return small_integers(frame + 8 * STAGE)[0] != EXECUTE
