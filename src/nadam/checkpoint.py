@@ -101,7 +101,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     Args:
         path: Of the file; a file that is there is replaced.
         state: What ``state_dict`` gave, or any dict of that kind: nested dicts, lists and tuples of arrays, tensors of
-            PyTorch, numbers and strings.
+            PyTorch, arrays of JAX (which come back as NumPy's), numbers and strings.
 
     Raises:
         TypeError: Something else in the state. A file that was there is left as it was, also by the next.
@@ -188,6 +188,8 @@ def _without_arrays(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
         items = [_without_arrays(item, arrays) for item in value]
         return items if isinstance(value, list) else {_TUPLE: items}
     dtype = ""
+    if type(value).__module__.partition(".")[0] in ("jax", "jaxlib") and hasattr(value, "dtype"):
+        value = np.asarray(value)
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "numpy"):
         dtype, value = _TORCH + str(value.dtype).removeprefix(_TORCH), _plain(value)
     if isinstance(value, np.ndarray):

@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
+from nadam import checkpoint
 from nadam.jax import from_optax, fused, nadam, nadamw
 
 MAKERS = {"nadam": nadam, "nadamw": nadamw, "fused": fused}
@@ -226,6 +227,43 @@ def test_wide_state_beside_narrow_parameters_stays_wide(make):  # row 24
         params, state = moved(make, params, params, state)
         leaves = jax.tree.leaves(state if make is fused else state[0])
         assert {leaf.dtype.name for leaf in leaves} <= {"float32", "int32", "bool"}
+
+
+def saved(path):
+    """A run of five calls, and its file."""
+    optimizer = fused(0.01, use_ema=True, gradient_accumulation_steps=2, global_clipnorm=1.0)
+    params = tree(1.5, "bfloat16")
+    step = jax.jit(optimizer.update)
+    carry = params, optimizer.init(params)
+    for _ in range(5):
+        carry = step(carry[0], carry[1], carry[0])
+    checkpoint.save(path, {"leaves": jax.tree.leaves(carry)})
+    return step, carry
+
+
+def test_a_file_of_ours_resumes(tmp_path):  # row 28
+    step, carry = saved(tmp_path / "run.nadam")
+    leaves = checkpoint.load(tmp_path / "run.nadam")["leaves"]
+    other = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+    for _ in range(3):
+        carry, other = step(carry[0], carry[1], carry[0]), step(other[0], other[1], other[0])
+    for one, two in zip(jax.tree.leaves(carry), jax.tree.leaves(other), strict=True):
+        assert one.dtype == two.dtype
+        assert np.array_equal(one, two)
+
+
+def test_one_flipped_bit_or_a_cut_is_refused(tmp_path):  # row 29
+    path = tmp_path / "run.nadam"
+    saved(path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(content), 50, replace=False):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        for wrong in (bytes(damaged), content[:place]):
+            path.write_bytes(wrong)
+            with pytest.raises(ValueError, match="damaged"):
+                checkpoint.load(path)
 
 
 def test_threads():  # rows 27 and 31
