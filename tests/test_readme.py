@@ -19,6 +19,16 @@ def test_the_python_in_it_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run.nadam").exists()
 
 
+@pytest.mark.parametrize("page", ["torch", "jax"])
+def test_the_python_in_the_documentation_runs(page, tmp_path, monkeypatch):
+    pytest.importorskip(page)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"{page}.md", "exec"), {"__name__": "documentation"})
+
+
 def test_ci_runs_every_command_in_it():
     ci = (ROOT / ".ci" / "run").read_text()
     commands = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.MULTILINE)
