@@ -68,7 +68,9 @@ def test_all_formats_are_compiled(param, grad, full):
     assert loads[16] >= 1 + (not full)
     assert stores[16] >= 1 + (not full)
     if param != "float64":
-        assert "f64" not in asm["ptx"].replace("setp.neu.f64", "").replace("setp.eq.f64", "").replace("ld.global.f64", "")
+        assert "f64" not in asm["ptx"].replace("setp.neu.f64", "").replace("setp.eq.f64", "").replace(
+            "ld.global.f64", ""
+        )
     # Where whole blocks go, no element changes from one thread to another.
     wide = asm["ttgir"][: asm["ttgir"].rindex("scf.for")]
     assert full or "convert_layout" not in wide
@@ -83,20 +85,25 @@ def test_what_reads_the_gradients(capability):
     assert "fma.rn.f64" in ptx
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_what_decides(given):
-    constants = {"MEASURED": given, "EACH": given, "GLOBAL": not given and False, "COUPLED": given, "ACCUMULATED": given,
-                 "FREQUENCY": 3 if given else None, "ROUNDED": given, "BLOCK": preparing.BLOCK}  # fmt: skip
+@pytest.mark.parametrize("clip", ["EACH", "GLOBAL", None])
+def test_what_decides(clip):
+    given = clip is not None
+    constants = dict.fromkeys(["COUPLED", "ACCUMULATED", "ROUNDED", "MEASURED"], given)
+    constants |= {"EACH": clip == "EACH", "GLOBAL": clip == "GLOBAL", "FREQUENCY": 3 if given else None}
     if not given:
         constants |= dict.fromkeys(["entries", "own_entries", "found", "scale", "lr_at"])
     for capability in CAPABILITIES:
-        assert "div.rn.f64" in compiled(preparing.prepare, capability, constants, preparing.WARPS)["ptx"]
+        asm = compiled(preparing.prepare, capability, {**constants, "BLOCK": preparing.BLOCK}, preparing.WARPS)
+        assert "div.rn.f64" in asm["ptx"]
     sums = compiled(preparing.sums, 90, {"BLOCK": preparing.BLOCK}, preparing.WARPS)["ptx"]
     assert "add.f64" in sums or "add.rn.f64" in sums
 
 
 def test_numbers_of_the_host_arrive_in_float64():
-    for kernel, names in ((kernels.measure, ["unscale", "largest", "steps"]), (preparing.prepare, ["lr", "eps", "clip"])):
+    for kernel, names in (
+        (kernels.measure, ["unscale", "largest", "steps"]),
+        (preparing.prepare, ["lr", "eps", "clip"]),
+    ):
         kinds = {param.name: param.annotation_type for param in kernel.params}
         assert [kinds[name] for name in names] == ["fp64"] * len(names)
 

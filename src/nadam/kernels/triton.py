@@ -1,8 +1,9 @@
 """The passes over memory on a GPU, compiled by Triton from the rule.
 
 A launch takes all tensors of a cohort that have the same number formats, through a table of addresses and one of
-chunks, both on the device; a program takes a chunk, and the device's own scheduler shares them out, so there is nothing
-to fit to a device's size. Scalars come from the device, where triton_prepare.py has put them: the host waits for nothing.
+chunks, both on the device; a program takes a chunk, and the device's own scheduler shares them out, so there is
+nothing to fit to a device's size. Scalars come from the device, where triton_prepare.py has put them: the host waits
+for nothing.
 
 Where a tensor's memory is aligned to 16 bytes, and all of its state's, whole blocks go 16 bytes at once; what is left
 over, and all of a tensor that is not, element by element.
@@ -63,12 +64,12 @@ _CALLS = tl.constexpr(0)
 @triton.jit
 def _block(
     row, start, left, scalars, factor, decay, key,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,  # noqa: N803
-    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,  # noqa: N803
-    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
+    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,
+    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Update one block: load, widen, rule, narrow, store."""
-    COMPUTE: tl.constexpr = scalars.dtype.element_ty  # noqa: N806
+    COMPUTE: tl.constexpr = scalars.dtype.element_ty
     param_at, grad_at = tl.load(row + _PARAM), tl.load(row + _GRAD)
     exp_avg_at, exp_avg_sq_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
     if ACCUMULATED:
@@ -110,7 +111,7 @@ def _block(
     if AVERAGED:
         ema_at = tl.load(row + _EMA)
         stored = param
-        if PARAM == "bfloat16" or PARAM == "float16":  # noqa: PLR1714  # the average is of what is stored
+        if PARAM == "bfloat16" or PARAM == "float16":  # the average is of what is stored
             stored = widen(narrow(param, PARAM), PARAM, COMPUTE)
         ema = load(ema_at, start, left, COMPUTE, BLOCK, WIDE)
         ema = moving(ema, stored, tl.load(scalars + _KEPT), tl.load(scalars + _WEIGHT))
@@ -124,7 +125,7 @@ def _block(
 @triton.jit
 def _add_block(
     row, start, left, unscale,
-    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add a block of the unscaled gradient to the accumulator."""
     accumulator_at = tl.load(row + _ACCUMULATOR)
@@ -136,9 +137,9 @@ def _add_block(
 @triton.jit(do_not_specialize_on_alignment=["chunks"])
 def one_pass(
     rows, chunks, scalars, factors, active, chance,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,  # noqa: N803
-    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,  # noqa: N803
-    ROUNDED: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
+    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,
+    ROUNDED: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Do with one chunk what the step does: update it, add its gradient to the accumulator, or leave it alone.
 
@@ -206,8 +207,8 @@ def one_pass(
 @triton.jit
 def _squares(
     row, start, left, unscale, largest, total, shrunk, outside,
-    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,  # noqa: N803
-    CHECKED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,
+    CHECKED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add the squares of a block to the sums, float64 and one per element of a block."""
     grad_at = tl.load(row + _GRAD)
@@ -227,8 +228,8 @@ def _squares(
 @triton.jit(do_not_specialize_on_alignment=["chunks", "partials", "scale"])
 def measure(
     rows, chunks, partials, counters, scale, unscale: tl.float64, largest: tl.float64, steps: tl.float64,
-    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,  # noqa: N803
-    CHECKED: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,
+    CHECKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read the gradients of a chunk once: their sum of squares, and how many are too large or not finite.
 

@@ -80,9 +80,7 @@ limit = compiled(gradient.limit, minimum=minimum, maximum=maximum)
 coupled = compiled(gradient.coupled)
 moving = compiled(average.average)
 averaging = compiled(average.averaging, where=_where, Averaging=_three)
-_momentum = compiled(
-    coefficients.momentum, power=power, MOMENTUM_WARMUP=tl.constexpr(coefficients.MOMENTUM_WARMUP)
-)
+_momentum = compiled(coefficients.momentum, power=power, MOMENTUM_WARMUP=tl.constexpr(coefficients.MOMENTUM_WARMUP))
 step_coefficients = compiled(
     coefficients.coefficients, momentum=_momentum, sqrt=root, expm1=expm1, log=_log, Coefficients=_five
 )
@@ -91,7 +89,7 @@ global_clip_factor = compiled(gradient.global_clip_factor, clip_factor=clip_fact
 
 
 @triton.jit
-def place(address, start, ELEMENT: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
+def place(address, start, ELEMENT: tl.constexpr, WIDE: tl.constexpr):
     """Pointer to an element of a tensor that begins at an address.
 
     With WIDE it is known to be a multiple of 16 bytes, whereupon the compiler moves 16 bytes at once.
@@ -103,7 +101,7 @@ def place(address, start, ELEMENT: tl.constexpr, WIDE: tl.constexpr):  # noqa: N
 
 
 @triton.jit
-def load(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
+def load(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """BLOCK elements, of which only ``left`` are there unless WIDE."""
     offsets = tl.arange(0, BLOCK)
     pointers = place(address, start, ELEMENT, WIDE) + offsets
@@ -115,7 +113,7 @@ def load(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE:
 
 
 @triton.jit
-def load_if(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
+def load_if(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """As `load`; zeros, and no memory touched, where there is no such tensor, at address 0."""
     offsets = tl.arange(0, BLOCK)
     there = tl.full((BLOCK,), address, tl.int64) != 0  # a condition made into a block is no mask to the interpreter
@@ -128,7 +126,7 @@ def load_if(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WI
 
 
 @triton.jit
-def store(address, start, left, values, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
+def store(address, start, left, values, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The way back."""
     offsets = tl.arange(0, BLOCK)
     pointers = place(address, start, ELEMENT, WIDE) + offsets
@@ -200,7 +198,7 @@ def narrow_bfloat16_by_chance(value, chance):
 
 
 @triton.jit
-def widen(values, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):  # noqa: N803
+def widen(values, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
     """What was loaded in a format, in the dtype that is computed in."""
     if FORMAT == "bfloat16":
         values = widen_bfloat16(values)
@@ -208,7 +206,7 @@ def widen(values, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def narrow(values, FORMAT: tl.constexpr):  # noqa: N803
+def narrow(values, FORMAT: tl.constexpr):
     """What to store in a format, to nearest."""
     if FORMAT == "bfloat16":
         values = narrow_bfloat16(values)

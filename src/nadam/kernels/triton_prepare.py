@@ -47,7 +47,7 @@ def _norm(total, shrunk):
 
 
 @triton.jit
-def _sums(entries, count, BLOCK: tl.constexpr):  # noqa: N803
+def _sums(entries, count, BLOCK: tl.constexpr):
     """Entries of PARTIALS columns added up, in an order that depends on their number only."""
     offsets = tl.arange(0, BLOCK)
     total, shrunk = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
@@ -62,7 +62,7 @@ def _sums(entries, count, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit(do_not_specialize_on_alignment=["partials", "entries"])
-def sums(partials, ends, entries, BLOCK: tl.constexpr):  # noqa: N803
+def sums(partials, ends, entries, BLOCK: tl.constexpr):
     """The partial sums of one tensor added up.
 
     Args:
@@ -92,7 +92,7 @@ def _mixed(into, source, constant):
 
 
 @triton.jit
-def _hashed(value, constant, MULTIPLIER: tl.constexpr):  # noqa: N803
+def _hashed(value, constant, MULTIPLIER: tl.constexpr):
     value = value ^ constant
     constant = constant * MULTIPLIER
     value = value * constant
@@ -137,8 +137,8 @@ def prepare(
     unscale: tl.float64, steps: tl.float64, lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64,
     momentum_decay: tl.float64, weight_decay: tl.float64, clip: tl.float64, ema_momentum: tl.float64, sign: tl.float64,
     seed: tl.int64,
-    MEASURED: tl.constexpr, EACH: tl.constexpr, GLOBAL: tl.constexpr, COUPLED: tl.constexpr,  # noqa: N803
-    ACCUMULATED: tl.constexpr, FREQUENCY: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    MEASURED: tl.constexpr, EACH: tl.constexpr, GLOBAL: tl.constexpr, COUPLED: tl.constexpr,
+    ACCUMULATED: tl.constexpr, FREQUENCY: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide what this step does, write its scalars, and advance the counters; one program.
 

@@ -1,8 +1,8 @@
 """A function of the core in the words that Triton has.
 
 Triton reads a function's source, and of Python's language it knows a part: no ``**``, no arguments by keyword only, no
-calls of other functions than its own. So the source is spelled anew, from the function itself at import, and each global
-name stands for what the caller says. The mathematics is still written once.
+calls of other functions than its own. So the source is spelled anew, from the function itself at import, and each
+global name stands for what the caller says. The mathematics is still written once.
 """
 
 import ast
@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 class _Speller(ast.NodeTransformer):
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
         arguments = node.args
         arguments.args += arguments.kwonlyargs
@@ -28,7 +28,7 @@ class _Speller(ast.NodeTransformer):
             node.body = node.body[1:]
         return node
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:  # noqa: N802
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         if not isinstance(node.op, ast.Pow):
             return node

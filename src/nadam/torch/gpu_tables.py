@@ -34,8 +34,8 @@ class Launch(NamedTuple):
     param_format: str
     grad_format: str
     rounded: bool
-    first: int  # of the chunks
-    count: int
+    first: int  # of its chunks
+    chunks: int
 
     @property
     def block(self) -> int:

@@ -159,7 +159,9 @@ def step(
     Returns:
         What it did, once it is asked.
     """
-    entries = measured(parts, scale=scale, loss_scale=loss_scale, must_be_finite=must_be_finite, each=combine is not None)
+    entries = measured(
+        parts, scale=scale, loss_scale=loss_scale, must_be_finite=must_be_finite, each=combine is not None
+    )
     if entries is not None and combine is not None:
         entries = combine(entries)
     return moved(parts, entries, scale=scale, found=found, loss_scale=loss_scale)
@@ -176,9 +178,9 @@ def measured(
     """Read the gradients once, where anything asks for that.
 
     Returns:
-        float64 of `triton.PARTIALS` columns: sums of squares, those of shrunk values, and numbers of values that are too
-        large; a row per tensor, or per chunk if neither the settings nor ``each`` ask for tensors. Rows may be added up.
-        None if nothing asks.
+        float64 of `triton.PARTIALS` columns: sums of squares, those of shrunk values, and how many values are too
+        large; a row per tensor, or per chunk if neither the settings nor ``each`` ask for tensors. Rows may be added
+        up. None if nothing asks.
     """
     h = parts[0].h
     check = Check.SQUARES_FINITE if h.skip_nonfinite else Check.FINITE if must_be_finite else Check.NOTHING
@@ -215,7 +217,7 @@ def _measure(
 ) -> None:
     compute = COMPUTE_DTYPE[launch.param_format]
     largest = torch.finfo(getattr(torch, compute)).max
-    kernels.measure[(launch.count,)](
+    kernels.measure[(launch.chunks,)](
         plan.tables.rows,
         plan.tables.chunks[launch.first :],
         partials,
@@ -323,7 +325,7 @@ def _prepare(
 
 def _update(plan: DevicePlan, h: Hyperparameters, launch: Launch) -> None:
     compute = COMPUTE_DTYPE[launch.param_format]
-    kernels.one_pass[(launch.count,)](
+    kernels.one_pass[(launch.chunks,)](
         plan.tables.rows,
         plan.tables.chunks[launch.first :],
         plan.scalars[compute],
