@@ -1,0 +1,285 @@
+"""The passes over memory on a GPU, compiled by Triton from the rule.
+
+A launch takes all tensors of a cohort that have the same number formats, through a table of addresses and one of
+chunks, both on the device; a program takes a chunk, and the device's own scheduler shares them out, so there is
+nothing to fit to a device's size. Scalars come from the device, where triton_prepare.py has put them: the host waits
+for nothing.
+
+Where a tensor's memory is aligned to 16 bytes, and all of its state's, whole blocks go 16 bytes at once; what is left
+over, and all of a tensor that is not, element by element.
+"""
+
+import triton
+import triton.language as tl
+
+from nadam.kernels import spans
+from nadam.kernels.triton_formats import (
+    coupled,
+    join_bfloat16,
+    limit,
+    load,
+    load_if,
+    moving,
+    narrow,
+    narrow_bfloat16_by_chance,
+    rest_of_bfloat16,
+    scattered,
+    store,
+    update,
+    widen,
+    widen_bfloat16,
+)
+
+CHUNK = 4096  # elements of a program
+BLOCK = 1024  # elements at once: 8 for each of 128 threads, so that of two bytes each they fill 16
+WARPS = 4
+
+# Columns of a tensor's row: those of spans.py, but here all tensors are dense, and the last two tell other things.
+KEY, FLAGS = spans.PARAM_LAYOUT, spans.GRAD_LAYOUT
+ALIGNED, EXCLUDED = 1, 2  # flags: to 16 bytes; from weight decay
+# What a step does, as triton_prepare.py has decided, and its scalars.
+SKIP, ACCUMULATE, UPDATE = range(3)
+SCALARS = (
+    "mode", "factor", "decay", "exp_avg_weight", "exp_avg_sq_weight", "exp_avg_step", "grad_step", "eps", "unscale",
+    "clipvalue", "ema_momentum", "ema_weight", "overwrite",
+)  # fmt: skip
+# What `measure` gives of a chunk: sum of squares, the same of values times SHRINK, number of values that are too large.
+PARTIALS = 3
+SHRINK = 2.0**-600
+
+_COLUMNS, _CHUNK_COLUMNS = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.CHUNK_COLUMNS)
+_TENSOR, _START, _COUNT = tl.constexpr(spans.TENSOR), tl.constexpr(spans.START), tl.constexpr(spans.COUNT)
+_PARAM, _GRAD, _EXP_AVG = tl.constexpr(spans.PARAM), tl.constexpr(spans.GRAD), tl.constexpr(spans.EXP_AVG)
+_EXP_AVG_SQ, _EMA = tl.constexpr(spans.EXP_AVG_SQ), tl.constexpr(spans.EMA)
+_ACCUMULATOR, _REMAINDER = tl.constexpr(spans.ACCUMULATOR), tl.constexpr(spans.REMAINDER)
+_KEY, _FLAGS, _ALIGNED, _EXCLUDED = (tl.constexpr(value) for value in (KEY, FLAGS, ALIGNED, EXCLUDED))
+_ACCUMULATE, _UPDATE = tl.constexpr(ACCUMULATE), tl.constexpr(UPDATE)
+_MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CLIPVALUE, _KEPT, _WEIGHT, _OVERWRITE = (
+    tl.constexpr(i) for i in range(len(SCALARS))
+)
+_PARTIALS, _SHRINK, _SPLIT = tl.constexpr(PARTIALS), tl.constexpr(SHRINK), tl.constexpr(spans.SPLIT)
+_CALLS = tl.constexpr(0)
+
+
+@triton.jit
+def _block(
+    row, start, left, scalars, factor, decay, key,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
+    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,
+    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Update one block: load, widen, rule, narrow, store."""
+    COMPUTE: tl.constexpr = scalars.dtype.element_ty
+    param_at, grad_at = tl.load(row + _PARAM), tl.load(row + _GRAD)
+    exp_avg_at, exp_avg_sq_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
+    if ACCUMULATED:
+        accumulator_at = tl.load(row + _ACCUMULATOR)
+        grad = widen(load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
+        grad = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * tl.load(scalars + _UNSCALE)
+        store(accumulator_at, start, left, tl.zeros((BLOCK,), COMPUTE), COMPUTE, BLOCK, WIDE)
+    else:
+        grad = widen(load(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
+    grad = grad * factor
+    if LIMITED:
+        grad = limit(grad, tl.load(scalars + _CLIPVALUE))
+    half = load(param_at, start, left, PARAM_ELEMENT, BLOCK, WIDE)
+    if PARAM == _SPLIT:
+        rest_at = tl.load(row + _REMAINDER)
+        param = join_bfloat16(half, load(rest_at, start, left, tl.uint16, BLOCK, WIDE))
+    else:
+        param = widen(half, PARAM, COMPUTE)
+    decoupled = decay
+    if COUPLED:
+        grad = coupled(grad, param, decay)
+        decoupled = decay * 0.0
+    if ROUNDED:
+        exp_avg = widen_bfloat16(load(exp_avg_at, start, left, tl.uint16, BLOCK, WIDE))
+    else:
+        exp_avg = load(exp_avg_at, start, left, COMPUTE, BLOCK, WIDE)
+    exp_avg_sq = load(exp_avg_sq_at, start, left, COMPUTE, BLOCK, WIDE)
+    param, exp_avg, exp_avg_sq = update(
+        param, grad, exp_avg, exp_avg_sq, decoupled,
+        tl.load(scalars + _W1), tl.load(scalars + _W2), tl.load(scalars + _EXP_AVG_STEP),
+        tl.load(scalars + _GRAD_STEP), tl.load(scalars + _EPS),
+    )  # fmt: skip
+    store(exp_avg_sq_at, start, left, exp_avg_sq, COMPUTE, BLOCK, WIDE)
+    if ROUNDED:
+        chance = scattered(start + tl.arange(0, BLOCK), key)
+        store(exp_avg_at, start, left, narrow_bfloat16_by_chance(exp_avg, chance), tl.uint16, BLOCK, WIDE)
+    else:
+        store(exp_avg_at, start, left, exp_avg, COMPUTE, BLOCK, WIDE)
+    if AVERAGED:
+        ema_at = tl.load(row + _EMA)
+        stored = param
+        if PARAM == "bfloat16" or PARAM == "float16":  # the average is of what is stored
+            stored = widen(narrow(param, PARAM), PARAM, COMPUTE)
+        ema = load(ema_at, start, left, COMPUTE, BLOCK, WIDE)
+        ema = moving(ema, stored, tl.load(scalars + _KEPT), tl.load(scalars + _WEIGHT))
+        store(ema_at, start, left, ema, COMPUTE, BLOCK, WIDE)
+        param = tl.where(tl.load(scalars + _OVERWRITE) != 0, ema, param)
+    store(param_at, start, left, narrow(param, PARAM), PARAM_ELEMENT, BLOCK, WIDE)
+    if PARAM == _SPLIT:
+        store(rest_at, start, left, rest_of_bfloat16(param), tl.uint16, BLOCK, WIDE)
+
+
+@triton.jit
+def _add_block(
+    row, start, left, unscale,
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add a block of the unscaled gradient to the accumulator."""
+    accumulator_at = tl.load(row + _ACCUMULATOR)
+    grad = widen(load(tl.load(row + _GRAD), start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
+    total = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * unscale
+    store(accumulator_at, start, left, total, COMPUTE, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize_on_alignment=["chunks"])
+def one_pass(
+    rows, chunks, scalars, factors, active, chance,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
+    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,
+    ROUNDED: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Do with one chunk what the step does: update it, add its gradient to the accumulator, or leave it alone.
+
+    Args:
+        rows: int64, a row per tensor.
+        chunks: int64, a row per program.
+        scalars: SCALARS, in the dtype that is computed in.
+        factors: Of the same dtype, what multiplies the gradient of each tensor, with EACH.
+        active: float64, not 0 for a tensor that has had a gradient since the last update, with ACCUMULATED.
+        chance: int32, two numbers that this step's rounding by chance comes from, with ROUNDED.
+        PARAM: Format of the parameters.
+        GRAD: Format of the gradients.
+        PARAM_ELEMENT: How an element of a parameter is loaded.
+        GRAD_ELEMENT: How one of a gradient is.
+        ACCUMULATED: Whether there are accumulators.
+        LIMITED: Whether to limit each element of the gradient.
+        AVERAGED: Whether to keep the moving average of the parameters.
+        COUPLED: Whether weight decay is added to the gradient instead.
+        ROUNDED: Whether the first moment is kept in bfloat16.
+        EACH: Whether each tensor has a factor of its own.
+        BLOCK: Elements at once.
+    """
+    mode = tl.load(scalars + _MODE)
+    chunk = chunks + tl.program_id(0).to(tl.int64) * _CHUNK_COLUMNS
+    tensor, start, count = tl.load(chunk + _TENSOR), tl.load(chunk + _START), tl.load(chunk + _COUNT).to(tl.int32)
+    row = rows + tensor * _COLUMNS
+    flags = tl.load(row + _FLAGS)
+    wide = tl.where((flags & _ALIGNED) != 0, count - count % BLOCK, 0)
+    moves = mode == _UPDATE
+    if ACCUMULATED:
+        moves = moves & (tl.load(active + tensor) != 0)
+        if (mode == _ACCUMULATE) & (tl.load(row + _GRAD) != 0):
+            unscale = tl.load(scalars + _UNSCALE)
+            for done in range(0, wide, BLOCK):
+                _add_block(
+                    row, start + done, count - done, unscale, GRAD, GRAD_ELEMENT, scalars.dtype.element_ty, BLOCK, True
+                )
+            for done in range(wide, count, BLOCK):
+                _add_block(
+                    row, start + done, count - done, unscale, GRAD, GRAD_ELEMENT, scalars.dtype.element_ty, BLOCK, False
+                )
+    if moves:
+        if EACH:
+            factor = tl.load(factors + tensor)
+        else:
+            factor = tl.load(scalars + _FACTOR)
+        decay = tl.load(scalars + _DECAY)
+        decay = tl.where((flags & _EXCLUDED) != 0, decay * 0.0, decay)
+        key = tensor.to(tl.uint32)
+        if ROUNDED:
+            first, second = tl.load(chance).to(tl.uint32), tl.load(chance + 1).to(tl.uint32)
+            key = first + tl.load(row + _KEY).to(tl.uint32) * (second | 1)
+        for done in range(0, wide, BLOCK):
+            _block(
+                row, start + done, count - done, scalars, factor, decay, key, PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT,
+                ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED, BLOCK, True,
+            )  # fmt: skip
+        for done in range(wide, count, BLOCK):
+            _block(
+                row, start + done, count - done, scalars, factor, decay, key, PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT,
+                ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED, BLOCK, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _squares(
+    row, start, left, unscale, largest, total, shrunk, outside,
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,
+    CHECKED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add the squares of a block to the sums, float64 and one per element of a block."""
+    grad_at = tl.load(row + _GRAD)
+    grad = widen(load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE) * unscale
+    if CHECKED:
+        outside += tl.where(tl.abs(grad) <= largest, 0, 1)
+    if ACCUMULATED:
+        grad += load(tl.load(row + _ACCUMULATOR), start, left, COMPUTE, BLOCK, WIDE)
+    value = grad.to(tl.float64)
+    total += value * value
+    if COMPUTE == tl.float64:
+        value = value * _SHRINK
+        shrunk += value * value
+    return total, shrunk, outside
+
+
+@triton.jit(do_not_specialize_on_alignment=["chunks", "partials", "scale"])
+def measure(
+    rows, chunks, partials, counters, scale, unscale: tl.float64, largest: tl.float64, steps: tl.float64,
+    GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,
+    CHECKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Read the gradients of a chunk once: their sum of squares, and how many are too large or not finite.
+
+    The order of the sum is fixed by BLOCK: element by element of the blocks, then within a block.
+
+    Args:
+        rows: As of `one_pass`.
+        chunks: As of `one_pass`.
+        partials: float64, a row of PARTIALS per program.
+        counters: float64, the clock's.
+        scale: What the gradients are divided by, one element; or None.
+        unscale: What they are multiplied by besides.
+        largest: Values whose magnitude is not at most this are counted, with CHECKED.
+        steps: Calls per update.
+        GRAD: Format of the gradients.
+        GRAD_ELEMENT: How an element of them is loaded.
+        COMPUTE: What they are widened to.
+        ACCUMULATED: Whether to add the accumulator; then the norm is asked for only at an update.
+        CHECKED: Whether to count.
+        BLOCK: Elements at once.
+    """
+    chunk = chunks + tl.program_id(0).to(tl.int64) * _CHUNK_COLUMNS
+    tensor, start, count = tl.load(chunk + _TENSOR), tl.load(chunk + _START), tl.load(chunk + _COUNT).to(tl.int32)
+    row = rows + tensor * _COLUMNS
+    if ACCUMULATED and not CHECKED:
+        calls = tl.load(counters + _CALLS)
+        count = tl.where(calls % steps == steps - 1.0, count, 0)
+    multiplier = tl.full((), 0.0, tl.float64) + unscale
+    if scale is not None:
+        multiplier = multiplier / tl.load(scale).to(tl.float64)
+    multiplier = multiplier.to(COMPUTE)
+    bound = (tl.full((), 0.0, tl.float64) + largest).to(COMPUTE)
+    wide = tl.where((tl.load(row + _FLAGS) & _ALIGNED) != 0, count - count % BLOCK, 0)
+    total, shrunk = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    outside = tl.zeros((BLOCK,), tl.int32)
+    for done in range(0, wide, BLOCK):
+        total, shrunk, outside = _squares(
+            row, start + done, count - done, multiplier, bound, total, shrunk, outside,
+            GRAD, GRAD_ELEMENT, COMPUTE, ACCUMULATED, CHECKED, BLOCK, True,
+        )  # fmt: skip
+    for done in range(wide, count, BLOCK):
+        total, shrunk, outside = _squares(
+            row, start + done, count - done, multiplier, bound, total, shrunk, outside,
+            GRAD, GRAD_ELEMENT, COMPUTE, ACCUMULATED, CHECKED, BLOCK, False,
+        )  # fmt: skip
+    own = partials + tl.program_id(0).to(tl.int64) * _PARTIALS
+    whole = tl.sum(total, 0)
+    tl.store(own, whole)
+    if COMPUTE == tl.float64:
+        tl.store(own + 1, tl.sum(shrunk, 0))
+    else:
+        tl.store(own + 1, whole)  # squares of float32 do not overflow: an infinite sum is one of infinities
+    tl.store(own + 2, tl.sum(outside, 0).to(tl.float64))

@@ -1,0 +1,278 @@
+"""What a step does, decided on the device: partial sums, loss scale, learning rate and counters -> the step's scalars.
+
+The host never asks how a step went, so a step can be part of a CUDA graph, and what it does may differ from replay to
+replay: nothing where a gradient is not finite, an addition to the accumulators, or an update. All in float64, by the
+functions of the core; its counters lie as those of `core.clock.Clock` do.
+"""
+
+import triton
+import triton.language as tl
+
+from nadam.core import clock
+from nadam.kernels import spans
+from nadam.kernels.triton import PARTIALS, SCALARS, SHRINK
+from nadam.kernels.triton_formats import INFINITY, averaging, clip_factor, global_clip_factor, step_coefficients
+
+WARPS = 8
+BLOCK = 2048  # partial sums, or tensors, at once
+# What `prepare` reports of a step: the mode, updates so far, learning rate, norm, factor of clipping, skipped calls.
+REPORT = ("mode", "step", "learning_rate", "grad_norm", "clip_factor", "skipped_steps")
+
+_MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CLIPVALUE, _KEPT, _WEIGHT, _OVERWRITE = (
+    tl.constexpr(i) for i in range(len(SCALARS))
+)
+_CALLS, _PRODUCT, _SKIPPED, _SEEN = (
+    tl.constexpr(i) for i in (clock.CALLS, clock.MOMENTUM_PRODUCT, clock.SKIPPED, clock.SEEN)
+)
+_PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK)
+_COLUMNS, _GRAD = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.GRAD)
+
+
+@triton.jit
+def _put(scalars32, scalars64, index, value):
+    tl.store(scalars32 + index, value.to(tl.float32))
+    tl.store(scalars64 + index, value)
+
+
+@triton.jit
+def _wide(value):
+    """A number or a scalar of any dtype as a float64."""
+    return tl.full((), 0.0, tl.float64) + value
+
+
+@triton.jit
+def _norm(total, shrunk):
+    """The norm that sums of squares give; the shrunk ones where the plain ones have overflowed."""
+    return tl.where(total == INFINITY, tl.sqrt(shrunk) / _SHRINK, tl.sqrt(total))
+
+
+@triton.jit
+def _sums(entries, count, BLOCK: tl.constexpr):
+    """Entries of PARTIALS columns added up, in an order that depends on their number only."""
+    offsets = tl.arange(0, BLOCK)
+    total, shrunk = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    outside = tl.zeros((BLOCK,), tl.float64)
+    for done in range(0, count, BLOCK):
+        there = offsets < count - done
+        pointers = entries + (done + offsets).to(tl.int64) * _PARTIALS
+        total += tl.load(pointers, mask=there, other=0.0)
+        shrunk += tl.load(pointers + 1, mask=there, other=0.0)
+        outside += tl.load(pointers + 2, mask=there, other=0.0)
+    return tl.sum(total, 0), tl.sum(shrunk, 0), tl.sum(outside, 0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["partials", "entries"])
+def sums(partials, ends, entries, BLOCK: tl.constexpr):
+    """The partial sums of one tensor added up.
+
+    Args:
+        partials: float64, what `measure` gave of each chunk.
+        ends: int64: where the chunks of each tensor begin, and where the last one's end.
+        entries: float64, the same columns for each tensor.
+        BLOCK: How many at once.
+    """
+    tensor = tl.program_id(0)
+    begin, end = tl.load(ends + tensor), tl.load(ends + tensor + 1)
+    total, shrunk, outside = _sums(partials + begin * _PARTIALS, (end - begin).to(tl.int32), BLOCK)
+    own = entries + tensor * _PARTIALS
+    tl.store(own, total)
+    tl.store(own + 1, shrunk)
+    tl.store(own + 2, outside)
+
+
+@triton.jit
+def _mixed(into, source, constant):
+    """Part of NumPy's SeedSequence: one word of the pool stirred into another."""
+    value = source ^ constant
+    constant = constant * 0x931E8875
+    value = value * constant
+    value = value ^ (value >> 16)
+    result = into * 0xCA01F9DD - value * 0x4973F715
+    return result ^ (result >> 16), constant
+
+
+@triton.jit
+def _hashed(value, constant, MULTIPLIER: tl.constexpr):
+    value = value ^ constant
+    constant = constant * MULTIPLIER
+    value = value * constant
+    return value ^ (value >> 16), constant
+
+
+@triton.jit
+def _two_words(seed, step):
+    """What NumPy's SeedSequence([seed, step]).generate_state(2) gives, as kernels.plan.keys has it."""
+    c = tl.full((), 0x43B0D7E5, tl.uint32)
+    zero = c ^ c
+    p0, c = _hashed(seed.to(tl.uint32), c, 0x931E8875)
+    p1, c = _hashed(step.to(tl.uint32), c, 0x931E8875)
+    p2, c = _hashed(zero, c, 0x931E8875)
+    p3, c = _hashed(zero, c, 0x931E8875)
+    p1, c = _mixed(p1, p0, c)
+    p2, c = _mixed(p2, p0, c)
+    p3, c = _mixed(p3, p0, c)
+    p0, c = _mixed(p0, p1, c)
+    p2, c = _mixed(p2, p1, c)
+    p3, c = _mixed(p3, p1, c)
+    p0, c = _mixed(p0, p2, c)
+    p1, c = _mixed(p1, p2, c)
+    p3, c = _mixed(p3, p2, c)
+    p0, c = _mixed(p0, p3, c)
+    p1, c = _mixed(p1, p3, c)
+    p2, c = _mixed(p2, p3, c)
+    d = tl.full((), 0x8B51F9DD, tl.uint32)
+    first, d = _hashed(p0, d, 0x58F38DED)
+    second, d = _hashed(p1, d, 0x58F38DED)
+    return first, second
+
+
+# Not compiled anew for each number of tensors, and a 1 not as a constant.
+@triton.jit(
+    do_not_specialize=["tensors", "count", "seed"],
+    do_not_specialize_on_alignment=["entries", "own_entries", "report", "found", "scale", "lr_at"],
+)
+def prepare(
+    counters, rows, entries, own_entries, scalars32, scalars64, factors32, factors64, active, chance, report,
+    found, scale, lr_at, tensors, count,
+    unscale: tl.float64, steps: tl.float64, lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64,
+    momentum_decay: tl.float64, weight_decay: tl.float64, clip: tl.float64, ema_momentum: tl.float64, sign: tl.float64,
+    seed: tl.int64,
+    MEASURED: tl.constexpr, EACH: tl.constexpr, GLOBAL: tl.constexpr, COUPLED: tl.constexpr,
+    ACCUMULATED: tl.constexpr, FREQUENCY: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Decide what this step does, write its scalars, and advance the counters; one program.
+
+    Args:
+        counters: float64, those of a cohort, as a `Clock` of so many parameters that shows their steps.
+        rows: As of `one_pass`.
+        entries: float64, sums of all tensors of this step, of other cohorts as well, with MEASURED.
+        own_entries: The same of each tensor of this cohort, with EACH.
+        scalars32: float32, SCALARS.
+        scalars64: The same, float64.
+        factors32: float32, what multiplies the gradient of each tensor, with EACH.
+        factors64: The same, float64.
+        active: float64, set to 1 for each tensor that has a gradient in this window, with ACCUMULATED.
+        chance: int32, where the two numbers go that rounding by chance comes from, with ROUNDED.
+        report: float64, REPORT.
+        found: One element, not 0 if the step is to be skipped; or None.
+        scale: One element that the gradients are divided by; or None.
+        lr_at: One element, the learning rate; or None.
+        tensors: How many there are.
+        count: How many entries.
+        unscale: What the gradients are multiplied by besides.
+        steps: Calls per update.
+        lr: Learning rate, where lr_at is None.
+        beta1: Hyperparameter.
+        beta2: Hyperparameter.
+        eps: Hyperparameter.
+        momentum_decay: Hyperparameter.
+        weight_decay: Hyperparameter, 0 for none.
+        clip: clipnorm, global_clipnorm or clipvalue; infinity for none.
+        ema_momentum: Hyperparameter.
+        sign: -1 to maximize.
+        seed: Of rounding by chance, below 2**32.
+        MEASURED: Whether the gradients have been measured.
+        EACH: Whether each is clipped by its norm.
+        GLOBAL: Whether they are by that of all together.
+        COUPLED: Whether weight decay is added to the gradient.
+        ACCUMULATED: Whether there are accumulators.
+        FREQUENCY: Updates between two overwrites by the average; or None.
+        ROUNDED: Whether there is rounding by chance.
+        BLOCK: Tensors or sums at once.
+    """
+    calls, skipped = tl.load(counters + _CALLS), tl.load(counters + _SKIPPED)
+    product = tl.load(counters + _PRODUCT)
+    position = calls % steps
+    step = (calls - position) / steps + 1.0
+    updating = position == steps - 1.0
+    rate = _wide(lr)
+    if lr_at is not None:
+        rate = tl.load(lr_at).to(tl.float64)
+    multiplier = _wide(unscale)
+    if scale is not None:
+        multiplier = multiplier / tl.load(scale).to(tl.float64)
+    passed = calls == calls
+    if found is not None:
+        passed = passed & (tl.load(found) == 0)
+    norm = _wide(0.0)
+    if MEASURED:
+        total, shrunk, outside = _sums(entries, count, BLOCK)
+        norm = _norm(total, shrunk) / steps
+        passed = passed & (outside == 0)
+
+    factor = _wide(1.0)
+    if GLOBAL:
+        factor = global_clip_factor(norm, _wide(clip))
+    spread = sign / _wide(steps)
+    if not ACCUMULATED:
+        spread = sign * multiplier
+
+    c, next_product = step_coefficients(
+        step, rate, _wide(beta1), _wide(beta2), _wide(eps), _wide(momentum_decay), product
+    )
+    exp_avg_weight, exp_avg_sq_weight, exp_avg_step, grad_step, small = c
+    kept, weight, overwrite = averaging(_wide(ema_momentum), FREQUENCY, step)
+    decay = _wide(weight_decay)
+    if not COUPLED:
+        decay = decay * rate
+    _put(scalars32, scalars64, _FACTOR, spread * factor)
+    _put(scalars32, scalars64, _DECAY, decay)
+    _put(scalars32, scalars64, _W1, exp_avg_weight)
+    _put(scalars32, scalars64, _W2, exp_avg_sq_weight)
+    _put(scalars32, scalars64, _EXP_AVG_STEP, exp_avg_step)
+    _put(scalars32, scalars64, _GRAD_STEP, grad_step)
+    _put(scalars32, scalars64, _EPS, small)
+    _put(scalars32, scalars64, _UNSCALE, multiplier)
+    _put(scalars32, scalars64, _CLIPVALUE, _wide(clip))
+    _put(scalars32, scalars64, _KEPT, kept)
+    _put(scalars32, scalars64, _WEIGHT, weight)
+    if FREQUENCY is None:
+        _put(scalars32, scalars64, _OVERWRITE, _wide(0.0))
+    else:
+        _put(scalars32, scalars64, _OVERWRITE, overwrite.to(tl.float64))
+    mode = tl.where(passed, tl.where(updating, 2.0, 1.0), 0.0).to(tl.float64)
+    _put(scalars32, scalars64, _MODE, mode)
+    if ROUNDED:
+        first, second = _two_words(seed, step.to(tl.int64))
+        tl.store(chance, first.to(tl.int32, bitcast=True))
+        tl.store(chance + 1, second.to(tl.int32, bitcast=True))
+
+    offsets = tl.arange(0, BLOCK)
+    smallest, zeros = tl.full((BLOCK,), 1.0, tl.float64), tl.zeros((BLOCK,), tl.float64)
+    # How many tensors are counted, and moved: all or none.
+    counted, moved = tl.where(passed, tensors, 0), tl.where(passed & updating, tensors, 0)
+    kept_seen = tl.where(updating, 0.0, 1.0).to(tl.float64)
+    for done in range(0, tensors, BLOCK):
+        tensor = done + offsets
+        there = tensor < tensors
+        if EACH:
+            pointers = own_entries + tensor * _PARTIALS
+            plain, small_ones = tl.load(pointers, mask=there, other=0.0), tl.load(pointers + 1, mask=there, other=0.0)
+            own = clip_factor(_norm(plain, small_ones) / steps, _wide(clip))
+            smallest = tl.minimum(smallest, own)
+            tl.store(factors32 + tensor, (own * spread).to(tl.float32), mask=there)
+            tl.store(factors64 + tensor, own * spread, mask=there)
+        seen_at = counters + _SEEN + tensor
+        moves = tensor < moved
+        if ACCUMULATED:
+            seen = tl.load(seen_at, mask=there, other=0.0)
+            has_grad = tl.load(rows + tensor.to(tl.int64) * _COLUMNS + _GRAD, mask=there, other=0) != 0
+            seen = tl.where(has_grad, 1.0, seen)
+            tl.store(active + tensor, seen, mask=there)
+            moves = moves & (seen != 0)
+            tl.store(seen_at, seen * kept_seen, mask=tensor < counted)
+        tl.store(seen_at + tensors, zeros + step, mask=moves)
+        tl.store(seen_at + 2 * tensors, zeros + next_product, mask=moves)
+    if EACH:
+        factor = tl.min(smallest, 0)
+
+    tl.store(counters + _CALLS, tl.where(passed, calls + 1.0, calls))
+    tl.store(counters + _PRODUCT, tl.where(passed & updating, next_product, product))
+    skipped = tl.where(passed, skipped, skipped + 1.0)
+    tl.store(counters + _SKIPPED, skipped)
+    tl.store(report, mode)
+    tl.store(report + 1, tl.where(passed & updating, step, step - 1.0))
+    tl.store(report + 2, rate)
+    tl.store(report + 3, norm)
+    tl.store(report + 4, factor)
+    tl.store(report + 5, skipped)

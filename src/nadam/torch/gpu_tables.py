@@ -1,0 +1,198 @@
+"""Tensors on one GPU in the tables of its kernels: addresses, chunks, and what of them has to be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nadam.kernels import spans
+from nadam.kernels.tensors import FORMATS
+from nadam.kernels.triton import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
+
+State = dict[str, Any]
+COLUMNS = {
+    "exp_avg": spans.EXP_AVG,
+    "exp_avg_sq": spans.EXP_AVG_SQ,
+    "ema": spans.EMA,
+    "grad_accumulator": spans.ACCUMULATOR,
+    "remainder": spans.REMAINDER,
+}
+MEMORY = [spans.PARAM, spans.GRAD, *COLUMNS.values()]
+# Tables can be uploaded so many times while CUDA graphs are being captured; each of these copies stays in its graph.
+CAPTURES = 4
+ABSENT = 0  # the address of a gradient that is missing
+
+
+class Launch(NamedTuple):
+    """Tensors of the same number formats: one launch of each kernel."""
+
+    param_format: str
+    grad_format: str
+    rounded: bool
+    first: int  # of its chunks
+    chunks: int
+
+    @property
+    def block(self) -> int:
+        """Elements at once: 16 bytes of the widest format for each thread, or twice that.
+
+        More of a narrow format would have the compiler deal the elements of narrow and wide ones to different threads.
+        """
+        return 1024 if self.param_format == self.grad_format == "float32" and not self.rounded else 512
+
+
+class Tables:
+    """Parameters of a cohort, their state and the gradients of a call.
+
+    Args:
+        params: Parameters on one device, dense in any order of dimensions.
+        states: What is kept of each, in the same order of dimensions.
+        grads: Their gradients; None, with accumulation, for one that is missing.
+        decays: Whether each takes part in weight decay.
+
+    Attributes:
+        rows: On the device, int64: a row per tensor, sorted by formats.
+        chunks: On the device, int64: a row per chunk.
+        ends: On the device, int64: where the chunks of each tensor begin, and the last one's end.
+        launches: What there is to launch.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        grads: Sequence[Tensor | None],
+        decays: Sequence[bool] | None = None,
+    ) -> None:
+        self.params, self.states = list(params), list(states)
+        self.device = params[0].device
+        formats = [
+            _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
+        ]
+        kinds = sorted(set(formats))
+        self._order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
+        # Where each one's row is.
+        self.places = [place for _, place in sorted((i, place) for place, i in enumerate(self._order))]
+        self._formats = formats
+        self._host = np.zeros((len(params), spans.COLUMNS), np.int64)
+        for row, i in zip(self._host, self._order, strict=True):
+            row[spans.PARAM] = self.params[i].data_ptr()
+            for name, column in COLUMNS.items():
+                row[column] = self.states[i][name].data_ptr() if self.states[i].get(name) is not None else 0
+            row[KEY] = i
+            row[FLAGS] = 0 if decays is None or decays[i] else EXCLUDED
+        chunks = spans.spans([self.params[i].numel() for i in self._order], CHUNK)
+        ends = np.searchsorted(chunks[:, spans.TENSOR], np.arange(len(params) + 1))
+        self.launches = []
+        for kind in kinds:
+            own = [place for place, i in enumerate(self._order) if formats[i] == kind]
+            first, last = int(ends[own[0]]), int(ends[own[-1] + 1])
+            if last > first:
+                self.launches.append(Launch(*kind, first, last - first))
+        self.count, self.chunk_count = len(params), len(chunks)
+        self.chunks, self.ends = self._on_device(chunks), self._on_device(ends.astype(np.int64))
+        self.rows = torch.zeros((self.count, spans.COLUMNS), dtype=torch.int64, device=self.device)
+        self._pointers: list[int] = []
+        self._addresses = [param.data_ptr() for param in self.params]
+        self._reserve: list[Tensor] = []  # pinned, for uploads while a graph is being captured
+        self._captured: list[Tensor] = []  # which those graphs copy from
+        self.held: list[Tensor | None] = []
+        self._take(self._dense(grads))
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether gradients have the formats that this was made for; if so, their addresses are in the table now.
+
+        While they lie where those of the last call did, nothing is uploaded.
+        """
+        if len(grads) != self.count or [param.data_ptr() for param in self.params] != self._addresses:
+            return False
+        for grad, param, (_, grad_format, _) in zip(grads, self.params, self._formats, strict=True):
+            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != param.shape):
+                return False
+        self._take(self._dense(grads))
+        return True
+
+    def _dense(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients in the order of dimensions of their parameters: themselves wherever they can be."""
+        self.held = [
+            grad if grad is None or in_step(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            for grad, param in zip(grads, self.params, strict=True)
+        ]
+        return self.held
+
+    def _take(self, grads: Sequence[Tensor | None]) -> None:
+        # One without elements has no address, but it is there; ABSENT is what is not.
+        pointers = [ABSENT if grad is None else grad.data_ptr() or 16 for grad in grads]
+        if pointers == self._pointers:
+            return
+        rows = self._host
+        rows[:, spans.GRAD] = np.array(pointers, np.int64)[self._order]
+        aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
+        rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
+        self._upload()
+        self._pointers = pointers
+
+    def _upload(self) -> None:
+        if self.device.type != "cuda":
+            self.rows.copy_(torch.from_numpy(self._host))
+        elif torch.cuda.is_current_stream_capturing():
+            if not self._reserve:
+                raise RuntimeError("step: capture a CUDA graph only after a step outside of one, with fewer captures")
+            staging = self._reserve.pop()
+            self._captured.append(staging)
+            staging.numpy()[:] = self._host
+            self.rows.copy_(staging, non_blocking=True)
+        else:
+            # PyTorch keeps pinned memory until the copies from it are done.
+            self.rows.copy_(self._pinned().copy_(torch.from_numpy(self._host)), non_blocking=True)
+            while len(self._reserve) < CAPTURES:
+                self._reserve.append(self._pinned())
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True)
+
+    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
+
+
+def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:
+    own = FORMATS[param.dtype]
+    split = state.get("remainder") is not None
+    rounded = state["exp_avg"].dtype == torch.bfloat16
+    return spans.SPLIT if split else own, own if grad is None else FORMATS[grad.dtype], rounded
+
+
+def in_step(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor's elements lie in the order of a parameter's.
+
+    Example:
+        >>> image = torch.zeros(2, 3, 4, 4)
+        >>> in_step(image.contiguous(memory_format=torch.channels_last), image)
+        False
+    """
+    if tensor.stride() == param.stride():
+        return True
+    pairs = zip(tensor.stride(), param.stride(), param.shape, strict=True)
+    return param.numel() < 2 or all(one == other or size == 1 for one, other, size in pairs)
+
+
+def takes(param: Tensor, state: State) -> bool:
+    """Whether the kernels can work on a parameter and its state in place: dense memory, in one order of dimensions.
+
+    Example:
+        >>> weight = torch.zeros(4, 4)
+        >>> moments = {name: torch.zeros(4, 4) for name in ("exp_avg", "exp_avg_sq")}
+        >>> takes(weight, moments), takes(torch.zeros(4, 8)[:, ::2], moments)
+        (True, False)
+    """
+    if param.dtype not in FORMATS or param.layout != torch.strided or param.is_neg():
+        return False
+    dense = torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
+    present = [state[name] for name in COLUMNS if state.get(name) is not None]
+    return in_step(param, dense) and all(in_step(each, param) and each.device == param.device for each in present)

@@ -1,0 +1,117 @@
+"""The GPU kernels compiled to PTX, without a GPU; see test_triton.py."""
+
+import re
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nadam.kernels import triton as kernels
+from nadam.kernels import triton_prepare as preparing
+from nadam.kernels.spans import COMPUTE_DTYPE, SPLIT
+from nadam.kernels.triton_formats import ELEMENTS
+from nadam.torch.gpu_tables import Launch
+
+CAPABILITIES = [80, 90, 100]
+POINTERS = {
+    "rows": "*i64", "chunks": "*i64", "ends": "*i64", "partials": "*fp64", "entries": "*fp64", "own_entries": "*fp64",
+    "counters": "*fp64", "active": "*fp64", "chance": "*i32", "report": "*fp64", "scalars32": "*fp32",
+    "scalars64": "*fp64", "factors32": "*fp32", "factors64": "*fp64", "found": "*fp32", "scale": "*fp32",
+    "lr_at": "*fp32", "tensors": "i32", "count": "i32", "seed": "i64",
+}  # fmt: skip
+PLAIN = dict.fromkeys(["ACCUMULATED", "LIMITED", "AVERAGED", "COUPLED", "ROUNDED", "EACH"], False)
+FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), (SPLIT, "bfloat16"), ("float16", "float16"),
+           ("float32", "bfloat16"), ("float64", "float64")]  # fmt: skip
+
+
+def compiled(kernel, capability, constants, warps, **pointers):
+    known = {**POINTERS, **pointers}
+    signature = {name: "constexpr" if name in constants else known.get(name, "fp64") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+def one_pass(param, grad, capability=90, **options):
+    constants = {"PARAM": param, "GRAD": grad, "PARAM_ELEMENT": ELEMENTS[param], "GRAD_ELEMENT": ELEMENTS[grad]}
+    constants |= {**PLAIN, **options, "BLOCK": Launch(param, grad, options.get("ROUNDED", False), 0, 0).block}
+    kind = {"float32": "*fp32", "float64": "*fp64"}[COMPUTE_DTYPE[param]]
+    return compiled(kernels.one_pass, capability, constants, kernels.WARPS, scalars=kind, factors=kind)
+
+
+def accesses(ptx, kind):
+    """How often the memory is loaded from, or stored to, by bytes at once."""
+    found = re.findall(rf"\b{kind}\.global\S*?\.(?:v(\d)\.)?[bfus](\d+)\b", ptx)
+    sizes = [int(vector or 1) * int(bits) // 8 for vector, bits in found]
+    return {size: sizes.count(size) for size in set(sizes)}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_float32_goes_16_bytes_at_once_and_in_float32(capability):
+    ptx = one_pass("float32", "float32", capability)["ptx"]
+    assert f".target sm_{capability}" in ptx
+    # Parameter, gradient and two moments; twice 16 bytes of each for each thread.
+    assert accesses(ptx, "ld")[16] == 8
+    assert accesses(ptx, "st")[16] == 6
+    assert "f64" not in ptx
+    assert "sqrt.rn.f32" in ptx
+    assert "sqrt.approx" not in ptx
+
+
+@pytest.mark.parametrize(("param", "grad"), FORMATS)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+def test_all_formats_are_compiled(param, grad, full):
+    options = dict.fromkeys(PLAIN, True) | {"ROUNDED": param != "float64"} if full else PLAIN
+    asm = one_pass(param, grad, **options)
+    loads, stores = accesses(asm["ptx"], "ld"), accesses(asm["ptx"], "st")
+    assert loads[16] >= 1 + (not full)
+    assert stores[16] >= 1 + (not full)
+    if param != "float64":
+        assert "f64" not in asm["ptx"].replace("setp.neu.f64", "").replace("setp.eq.f64", "").replace(
+            "ld.global.f64", ""
+        )
+    # Where whole blocks go, no element changes from one thread to another.
+    wide = asm["ttgir"][: asm["ttgir"].rindex("scf.for")]
+    assert full or "convert_layout" not in wide
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_reads_the_gradients(capability):
+    constants = {"GRAD": "float32", "GRAD_ELEMENT": ELEMENTS["float32"], "COMPUTE": ELEMENTS["float32"]}
+    constants |= {"ACCUMULATED": False, "CHECKED": True, "BLOCK": 1024}
+    ptx = compiled(kernels.measure, capability, constants, kernels.WARPS)["ptx"]
+    assert accesses(ptx, "ld")[16] == 2
+    assert "fma.rn.f64" in ptx
+
+
+@pytest.mark.parametrize("clip", ["EACH", "GLOBAL", None])
+def test_what_decides(clip):
+    given = clip is not None
+    constants = dict.fromkeys(["COUPLED", "ACCUMULATED", "ROUNDED", "MEASURED"], given)
+    constants |= {"EACH": clip == "EACH", "GLOBAL": clip == "GLOBAL", "FREQUENCY": 3 if given else None}
+    if not given:
+        constants |= dict.fromkeys(["entries", "own_entries", "found", "scale", "lr_at"])
+    for capability in CAPABILITIES:
+        asm = compiled(preparing.prepare, capability, {**constants, "BLOCK": preparing.BLOCK}, preparing.WARPS)
+        assert "div.rn.f64" in asm["ptx"]
+    sums = compiled(preparing.sums, 90, {"BLOCK": preparing.BLOCK}, preparing.WARPS)["ptx"]
+    assert "add.f64" in sums or "add.rn.f64" in sums
+
+
+def test_numbers_of_the_host_arrive_in_float64():
+    for kernel, names in (
+        (kernels.measure, ["unscale", "largest", "steps"]),
+        (preparing.prepare, ["lr", "eps", "clip"]),
+    ):
+        kinds = {param.name: param.annotation_type for param in kernel.params}
+        assert [kinds[name] for name in names] == ["fp64"] * len(names)
+
+
+def test_the_rule_is_the_one_of_the_core():
+    from nadam.core import rule
+    from nadam.kernels import triton_formats
+
+    steps = [line.strip() for line in triton_formats.update.src.splitlines()[1:]]
+    assert steps[-1] == "return (param - (param * decay + step), exp_avg, exp_avg_sq)"
+    assert triton_formats.update.__module__ == rule.__name__
