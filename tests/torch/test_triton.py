@@ -15,7 +15,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
-@pytest.mark.parametrize(("file", "interpreted"), [("triton_interpreted.py", "1"), ("triton_compiled.py", "0")])
+@pytest.mark.parametrize(
+    ("file", "interpreted"), [("triton_interpreted.py", "1"), ("triton_host.py", "1"), ("triton_compiled.py", "0")]
+)
 def test_triton(file, interpreted):
     # What NumPy says of NaN and infinity while it stands in for a GPU is no fault.
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", file]

@@ -102,19 +102,20 @@ class DeviceReport:
     """What a step on a GPU did, as of `StepReport`; whoever looks waits for the device.
 
     Args:
-        values: On the device, `triton_prepare.REPORT` of each part.
+        values: For each device, `triton_prepare.REPORT` of each part.
         measured: Whether there is a norm.
         clipped: Whether there is a factor.
+        skipped: Calls that had been skipped before the counters began.
     """
 
-    def __init__(self, values: Tensor, measured: bool, clipped: bool) -> None:
-        self._values, self._measured, self._clipped = values, measured, clipped
+    def __init__(self, values: Sequence[Tensor], measured: bool, clipped: bool, skipped: int = 0) -> None:
+        self._values, self._measured, self._clipped, self._skipped = values, measured, clipped, skipped
         self._report: StepReport | None = None
 
     def read(self) -> StepReport:
         """The report itself."""
         if self._report is None:
-            rows = self._values.tolist()
+            rows = [row for values in self._values for row in values.tolist()]
             mode, step, lr, norm, _, skipped = rows[0]
             factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
             updated = mode == kernels.UPDATE
@@ -123,7 +124,7 @@ class DeviceReport:
                 learning_rate=lr,
                 grad_norm=norm if self._measured and updated else None,
                 clip_factor=factor if self._clipped and updated else None,
-                skipped_steps=int(skipped),
+                skipped_steps=self._skipped + int(skipped),
                 skipped=mode == kernels.SKIP,
             )
         return self._report
@@ -145,6 +146,7 @@ def step(
     loss_scale: float = 1.0,
     must_be_finite: bool = False,
     combine: Combine | None = None,
+    skipped: int = 0,
 ) -> DeviceReport:
     """Do one call: an update, one more gradient for the accumulators, or nothing; the device decides.
 
@@ -155,6 +157,7 @@ def step(
         loss_scale: What they are divided by besides.
         must_be_finite: Whether NaN or infinity skips the call even without ``skip_nonfinite``.
         combine: Where other devices or processes hold the rest of the tensors.
+        skipped: As of `DeviceReport`.
 
     Returns:
         What it did, once it is asked.
@@ -164,7 +167,33 @@ def step(
     )
     if entries is not None and combine is not None:
         entries = combine(entries)
-    return moved(parts, entries, scale=scale, found=found, loss_scale=loss_scale)
+    return moved(parts, entries, scale=scale, found=found, loss_scale=loss_scale, skipped=skipped)
+
+
+def step_on_devices(
+    parts: Sequence[Part], *, scale: Tensor | None, found: Tensor | None, combine: Combine | None, skipped: int
+) -> DeviceReport:
+    """The same for parts on several devices, whose norms are of all of them together."""
+    devices = list(dict.fromkeys(part.plan.device for part in parts))
+    if len(devices) == 1:
+        return step(parts, scale=scale, found=found, combine=combine, skipped=skipped)
+    own = [[part for part in parts if part.plan.device == device] for device in devices]
+    scales, founds = ([_at(given, device) for device in devices] for given in (scale, found))
+    seen = [measured(mine, scale=here) for mine, here in zip(own, scales, strict=True)]
+    reports = []
+    for i, device in enumerate(devices):
+        # A device's own come first: by them it clips each gradient.
+        sums = [_at(entries, device) for entries in (seen[i], *seen[:i], *seen[i + 1 :])]
+        entries = None if seen[i] is None else torch.cat(sums)
+        reports.append(moved(own[i], entries, scale=scales[i], found=founds[i], skipped=skipped))
+    first = reports[0]
+    return DeviceReport(
+        [values for report in reports for values in report._values], first._measured, first._clipped, skipped
+    )
+
+
+def _at(value: Tensor | None, device: torch.device) -> Any:
+    return None if value is None else value.to(device, non_blocking=True)
 
 
 def measured(
@@ -244,6 +273,7 @@ def moved(
     scale: Tensor | None = None,
     found: Tensor | None = None,
     loss_scale: float = 1.0,
+    skipped: int = 0,
 ) -> DeviceReport:
     """Decide what the step does, and do it.
 
@@ -253,6 +283,7 @@ def moved(
         scale: As of `step`.
         found: As of `step`.
         loss_scale: As of `step`.
+        skipped: As of `DeviceReport`.
     """
     h, device = parts[0].h, parts[0].plan.device
     values = torch.empty((len(parts), len(preparing.REPORT)), dtype=torch.float64, device=device)
@@ -266,7 +297,7 @@ def moved(
             for launch in part.plan.tables.launches:
                 _update(part.plan, part.h, launch)
     clipped = h.clipnorm is not None or h.global_clipnorm is not None
-    return DeviceReport(values, entries is not None, clipped)
+    return DeviceReport([values], entries is not None, clipped, skipped)
 
 
 def _prepare(

@@ -15,8 +15,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport, step
-from nadam.torch import batches, settings, state
+from nadam.torch import batches, gpu_parts, settings, state
 from nadam.torch.arrays import Row, differentiable_step, joined, store
+from nadam.torch.gpu_parts import GpuParts
 from nadam.torch.parts import Parts
 from nadam.torch.sharding import combiner, local
 
@@ -139,6 +140,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._settings = settings.Settings(self._extras)
         steps = self._extras["gradient_accumulation_steps"]
         self._parts = Parts(self._settings, self._keeping, steps, type(self).__name__)
+        self._gpu = GpuParts(self._settings, self._keeping, steps, type(self).__name__)
         self._skipped = 0
         self._position = 0
         self.last_step: StepReport | None = None
@@ -146,7 +148,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_keeping")}
-        counters = {"_position": self._position, "_skipped": self._skipped}
+        counters = dict(zip(("_position", "_skipped"), self._counters(), strict=True))
         return {**super().__getstate__(), **own, **counters}
 
     def __setstate__(self, given: dict[str, Any]) -> None:
@@ -227,6 +229,17 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _kernel_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+        if self._may_be_on_gpu():
+            done = self._gpu.step(self.param_groups, self.state, self._position, self._skipped, scale, found)
+            if done is not NotImplemented:
+                if done is not None:
+                    self.last_step, params, self._position, self._skipped = done
+                    increment_version(params)
+                    self._parts.forget()
+                return
+        if self._gpu.cohorts:
+            self._position, self._skipped = self._counters()
+            self._gpu.forget()
         if found is not None and float(found):
             self._skip()
             return
@@ -244,6 +257,14 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._parts.release()
         self._skipped += report.skipped
         self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
+
+    def _may_be_on_gpu(self) -> bool:
+        params = self.param_groups[0]["params"]
+        return bool(params) and params[0].device.type in gpu_parts.DEVICES
+
+    def _counters(self) -> tuple[int, int]:
+        """Calls since the last update, with accumulation, and calls that were skipped."""
+        return self._gpu.position(self._position), self._skipped + self._gpu.skipped()
 
     def _skip(self) -> None:
         """Count a step that GradScaler found not to be finite."""
@@ -266,11 +287,12 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
+        position, skipped = self._counters()
         for group in self.param_groups:
             if self._extras["gradient_accumulation_steps"] is not None:
-                group[POSITION] = self._position
+                group[POSITION] = position
             if self._extras["skip_nonfinite"]:
-                group[SKIPPED] = self._skipped
+                group[SKIPPED] = skipped
         try:
             return dict(super().state_dict())
         finally:

@@ -96,3 +96,16 @@ class Settings:
         h = checked(group, self._extras)
         self._known[index] = lasting, h
         return h, h.at(0)
+
+    def on_device(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Tensor | float, float, float]:
+        """The same for kernels that read the learning rate where it is: and it is not looked at.
+
+        Raises:
+            ValueError: As of `checked`.
+        """
+        rate = group["lr"]
+        if isinstance(rate, Tensor) and not rate.is_cpu:
+            h, now = self.now(index, {**group, "lr": 0.0})
+            return h, rate, now.beta1, now.beta2
+        h, now = self.now(index, group)
+        return h, now.lr, now.beta1, now.beta2

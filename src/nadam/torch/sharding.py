@@ -36,12 +36,7 @@ def combiner(params: Sequence[Tensor]) -> Callable[[list[float], bool], tuple[li
     The shares of a tensor are spread along some dimensions of its device mesh; one all-reduce along each of them, for
     all tensors on that mesh together, also tells whether a value somewhere did not pass.
     """
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, param in enumerate(params):
-        if is_sharded(param):
-            spread = tuple(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
-            if spread:
-                alike.setdefault((param.device_mesh, spread), []).append(i)
+    alike = _alike(params)
     if not alike:
         return None
 
@@ -59,3 +54,38 @@ def combiner(params: Sequence[Tensor]) -> Callable[[list[float], bool], tuple[li
         return [sqrt(total) for total in squares], passed
 
     return combine
+
+
+@torch.no_grad()
+def device_combiner(params: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The same for sums that stay on the device: a row for each parameter, in which everything may be added up."""
+    alike = _alike(params)
+    if not alike:
+        return None
+    # All rows without an index, which would have to be brought to the device.
+    chosen = [
+        (mesh, spread, None if len(members) == len(params) else torch.tensor(members, device=local(params[0]).device))
+        for (mesh, spread), members in alike.items()
+    ]
+
+    def combine(entries: Tensor) -> Tensor:
+        for mesh, spread, members in chosen:
+            shares = entries if members is None else entries[members]
+            for dim in spread:
+                torch.distributed.all_reduce(shares, group=mesh.get_group(dim))
+            if members is not None:
+                entries[members] = shares
+        return entries
+
+    return combine
+
+
+def _alike(params: Sequence[Tensor]) -> dict[tuple[Any, ...], list[int]]:
+    """Which parameters are split along which dimensions of which mesh."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, param in enumerate(params):
+        if is_sharded(param):
+            spread = tuple(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
+            if spread:
+                alike.setdefault((param.device_mesh, spread), []).append(i)
+    return alike

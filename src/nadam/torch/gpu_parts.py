@@ -1,0 +1,209 @@
+"""What a step is made of where all parameters are on GPUs: as parts.py, without asking the device anything.
+
+Counters, and with them the decision what a call does, are on the device (triton_prepare.py). The host looks only when
+cohorts are formed anew: at the first step, and when other parameters have a gradient than before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nadam.core.clock import CALLS, SEEN, SKIPPED
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.torch.batches import Keeping, new_state, settle, usable
+from nadam.torch.settings import Settings
+from nadam.torch.sharding import device_combiner, is_sharded, local, local_gradient
+
+# Where there are Triton's kernels. A test adds the CPU, with Triton's interpreter.
+DEVICES = {"cuda"}
+OLDEST_TRITON = (3, 6)
+
+
+@cache
+def on_gpu() -> Any:
+    """The module that launches the kernels; None where there is no Triton, or one that is too old."""
+    try:
+        triton = import_module("triton")
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON:
+            return import_module("nadam.torch.on_gpu")
+    except ImportError:
+        pass
+    return None
+
+
+def can_run(params: Sequence[Tensor]) -> bool:
+    """Whether the kernels can take parameters: all are on GPUs, dense and real."""
+    if not params or not {param.device.type for param in params} <= DEVICES or on_gpu() is None:
+        return False
+    takes = import_module("nadam.torch.gpu_tables").takes
+    return all(takes(local(param).detach(), {}) for param in params)
+
+
+class Cohort:
+    """Parameters of a group, on one device, that have been updated equally often."""
+
+    def __init__(
+        self,
+        index: int,
+        params: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        grads: Sequence[Tensor | None],
+        h: Hyperparameters,
+        position: int,
+        keeping: Keeping,
+    ) -> None:
+        self.index, self.params, self.states = index, list(params), list(states)
+        for param, state in zip(params, states, strict=True):
+            settle(param, state, keeping)
+        self._exp_avgs = [state["exp_avg"] for state in states]
+        self._locals = [local(param) for param in params]
+        shares = [share.detach() for share in self._locals]
+        kept = [{name: local(value) for name, value in state.items()} for state in states]
+        self.plan = on_gpu().DevicePlan(shares, kept, grads, h, position=position, seed=keeping.seed)
+        for place, state, own in zip(self.plan.tables.places, states, kept, strict=True):
+            state["step"], state["mu_product"] = own["step"], own["mu_product"]
+            if own.get("grad_accumulator") is not None:
+                self.plan.counters[SEEN + place] = own["grad_accumulator"].any()
+
+    def gradients(self, name: str) -> list[Tensor | None]:
+        """What the parameters have now, of this process's shares."""
+        grads: list[Tensor | None] = []
+        for param in self.params:
+            grad = param.grad
+            if grad is not None:
+                grad = usable(local_gradient(param, grad) if is_sharded(param) else grad, name)
+            grads.append(grad)
+        return grads
+
+    def is_current(self) -> bool:
+        """Whether parameters and state are the tensors that this was made for."""
+        return all(map(is_, (state["exp_avg"] for state in self.states), self._exp_avgs)) and all(
+            map(is_, map(local, self.params), self._locals)
+        )
+
+
+class GpuParts:
+    """The parts of the steps of an optimizer whose parameters are all on GPUs.
+
+    Args:
+        settings: Of its groups.
+        keeping: How its state is kept.
+        accumulation_steps: Calls per update, or None.
+        name: What it is called in messages.
+
+    Attributes:
+        cohorts: Those of the last step.
+    """
+
+    def __init__(self, settings: Settings, keeping: Keeping, accumulation_steps: int | None, name: str) -> None:
+        self._settings, self._keeping, self._name = settings, keeping, name
+        self._accumulation_steps = accumulation_steps
+        self.cohorts: list[Cohort] = []
+        self._present: list[Tensor] = []
+        self._combine: Any = None
+
+    def forget(self) -> None:
+        """Form the cohorts anew at the next step."""
+        self.cohorts, self._present = [], []
+
+    def position(self, otherwise: int) -> int:
+        """Calls since the last update; whoever asks waits for the device."""
+        if not self.cohorts:
+            return otherwise
+        return int(self.cohorts[0].plan.counters[CALLS]) % (self._accumulation_steps or 1)
+
+    def skipped(self) -> int:
+        """Calls that were skipped since the cohorts were formed, likewise."""
+        return int(self.cohorts[0].plan.counters[SKIPPED]) if self.cohorts else 0
+
+    def step(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Any,
+        position: int,
+        skipped: int,
+        scale: Tensor | None,
+        found: Tensor | None,
+    ) -> Any:
+        """Do one call.
+
+        Args:
+            groups: The optimizer's.
+            state: The optimizer's; that of new parameters is added.
+            position: Calls since the last update before the cohorts were formed.
+            skipped: Calls that had been skipped by then.
+            scale: What the gradients are divided by: one element on the device.
+            found: One element on the device, not 0 if nothing is to change.
+
+        Returns:
+            What it did, the parameters, position and skipped calls by when the cohorts were formed; None where there is
+            no gradient, NotImplemented where the kernels cannot run. Then nothing has changed.
+        """
+        present = [
+            p
+            for group in groups
+            for p in group["params"]
+            if p.grad is not None or (self._accumulation_steps is not None and state.get(p))
+        ]
+        now = [self._settings.on_device(index, group) for index, group in enumerate(groups)]
+        fits = len(present) == len(self._present) and all(map(is_, present, self._present))
+        fits = fits and all(cohort.is_current() for cohort in self.cohorts)
+        grads = [cohort.gradients(self._name) for cohort in self.cohorts] if fits else []
+        if not (fits and all(c.plan.fits(own) for c, own in zip(self.cohorts, grads, strict=True))):
+            if present and not can_run(present):
+                return NotImplemented
+            position, skipped = self.position(position), skipped + self.skipped()
+            self._form(groups, state, present, [h for h, *_ in now], position)
+        if not self.cohorts:
+            return None
+        module = on_gpu()
+        parts = [module.Part(cohort.plan, *now[cohort.index]) for cohort in self.cohorts]
+        report = module.step_on_devices(parts, scale=scale, found=found, combine=self._combine, skipped=skipped)
+        return report, [p for cohort in self.cohorts for p in cohort.params], position, skipped
+
+    @staticmethod
+    def _in_rows(cohort: Cohort) -> list[Tensor]:
+        rows: list[Tensor] = [*cohort.params]
+        for place, param in zip(cohort.plan.tables.places, cohort.params, strict=True):
+            rows[place] = param
+        return rows
+
+    @torch.no_grad()
+    def _form(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Any,
+        present: list[Tensor],
+        settings: Sequence[Hyperparameters],
+        position: int,
+    ) -> None:
+        self.cohorts, self._present = [], []
+        wanted, cohorts = set(map(id, present)), []
+        for index, (group, h) in enumerate(zip(groups, settings, strict=True)):
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}
+            for param in group["params"]:
+                if id(param) in wanted:
+                    if param.grad is not None and param.grad.layout != torch.strided:
+                        raise RuntimeError(f"{self._name} does not support sparse gradients")
+                    if not state[param]:
+                        state[param] = new_state(param, h, self._keeping)
+                    key = (float(state[param]["step"]), float(state[param]["mu_product"]), param.device)
+                    alike.setdefault(key, []).append(param)
+            for params in alike.values():
+                states = [state[param] for param in params]
+                grads: list[Tensor | None] = [
+                    None
+                    if p.grad is None
+                    else usable(local_gradient(p, p.grad) if is_sharded(p) else p.grad, self._name)
+                    for p in params
+                ]
+                cohorts.append(Cohort(index, params, states, grads, h, position, self._keeping))
+        self.cohorts, self._present = cohorts, present
+        self._combine = device_combiner([param for cohort in cohorts for param in self._in_rows(cohort)])

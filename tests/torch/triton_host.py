@@ -1,0 +1,219 @@
+"""`NAdam` through the GPU kernels, in Triton's interpreter, beside itself on the CPU; see test_triton.py."""
+
+import copy
+import io
+
+import pytest
+import torch
+from training import apart
+
+from nadam.torch import NAdam, gpu_parts
+
+SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 2, 2)]
+OPTIONS = {
+    "defaults": {},
+    "coupled": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "clipping and averages": {"global_clipnorm": 0.5, "use_ema": True, "ema_overwrite_frequency": 3, "eps": 0.1},
+    "clipnorm": {"clipnorm": 0.5, "eps": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2, "eps": 0.1},
+    "skipping": {"skip_nonfinite": True},
+    "maximize": {"maximize": True},
+}
+UNITS = 8.0  # fused products and sums, and the order of a sum
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """How often the GPU kernels moved something; they take the CPU's tensors here."""
+    monkeypatch.setattr(gpu_parts, "DEVICES", {"cuda", "cpu"})
+    module, calls = gpu_parts.on_gpu(), []
+    real = module.moved
+    monkeypatch.setattr(module, "moved", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+def made(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    return params
+
+
+def give(params, seed, missing=(), bad=False):
+    generator = torch.Generator().manual_seed(seed)
+    for i, param in enumerate(params):
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = None if i in missing else grad
+    if bad:
+        params[0].grad[0, 0] = torch.nan
+
+
+def train(optimizer, params, steps, first=1, **given):
+    for step in range(first, first + steps):
+        give(params, step, **given)
+        optimizer.step()
+
+
+def on_cpu(monkeypatch, action):
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_parts, "DEVICES", {"cuda"})
+        return action()
+
+
+def groups(params):
+    return [{"params": params[:2]}, {"params": params[2:], "lr": 0.05, "betas": (0.8, 0.99)}]
+
+
+def values(optimizer, params):
+    """Parameters and state, as float32 numbers."""
+    state = optimizer.state_dict()["state"]
+    entries = [entry[name] for entry in state.values() for name in sorted(entry)]
+    return [tensor.detach().float() for tensor in (*params, *entries)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_as_on_the_cpu(name, kernels, monkeypatch):
+    def run():
+        params = made()
+        optimizer = NAdam(groups(params), lr=0.02, **OPTIONS[name])
+        train(optimizer, params, 3)
+        train(optimizer, params, 1, first=4, missing={1})
+        train(optimizer, params, 2, first=5)
+        return optimizer, params
+
+    ours, params = run()
+    assert len(kernels) == 6
+    other, others = on_cpu(monkeypatch, run)
+    assert len(kernels) == 6
+    assert apart(values(ours, params), values(other, others)) <= UNITS
+    seen, expected = ours.last_step.read(), other.last_step
+    assert (seen.step, seen.skipped_steps, seen.skipped) == (expected.step, expected.skipped_steps, expected.skipped)
+    for one, two in ((seen.grad_norm, expected.grad_norm), (seen.clip_factor, expected.clip_factor)):
+        assert (one is None) == (two is None)
+        assert one is None or abs(one / two - 1) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["defaults", "accumulation", "clipping and averages", "skipping"])
+@pytest.mark.parametrize("way", ["state_dict", "file", "deepcopy"])
+def test_goes_on_from_its_state(name, way, kernels):
+    params = made()
+    optimizer = NAdam(groups(params), lr=0.02, **OPTIONS[name])
+    train(optimizer, params, 3)
+    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    if way == "deepcopy":
+        other, others = copy.deepcopy((optimizer, params))
+    else:
+        state = optimizer.state_dict()
+        if way == "file":
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            state = torch.load(file)
+        other = NAdam(groups(others), lr=0.02, **OPTIONS[name])
+        other.load_state_dict(state)
+    train(optimizer, params, 3, first=4)
+    train(other, others, 3, first=4)
+    assert apart(values(optimizer, params), values(other, others)) == 0
+
+
+def test_goes_on_between_devices(kernels, monkeypatch):
+    """State of the GPU kernels on the CPU and back, and in PyTorch's own class."""
+    params = made()
+    optimizer = NAdam(params, lr=0.02)
+    train(optimizer, params, 2)
+    on_cpu(monkeypatch, lambda: train(optimizer, params, 2, first=3))
+    train(optimizer, params, 2, first=5)
+    assert len(kernels) == 4
+    others = made()
+    stock = torch.optim.NAdam(others, lr=0.02)
+    train(stock, others, 6)
+    assert apart([p.detach() for p in params], [p.detach() for p in others]) <= 60
+    again = torch.optim.NAdam(others, lr=0.02)
+    again.load_state_dict(optimizer.state_dict())
+    assert float(again.state[others[0]]["step"]) == 6
+
+
+def test_skips_and_counts(kernels):
+    params = made()
+    optimizer = NAdam(params, lr=0.02, skip_nonfinite=True, gradient_accumulation_steps=2)
+    train(optimizer, params, 1)
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, 1, first=2, bad=True)
+    assert optimizer.last_step.skipped
+    assert all(map(torch.equal, before, params))
+    group = optimizer.state_dict()["param_groups"][0]
+    assert (group["accumulation_position"], group["skipped_steps"]) == (1, 1)
+    train(optimizer, params, 1, first=3)
+    assert not torch.equal(before[0], params[0])
+    assert (optimizer.last_step.step, optimizer.last_step.skipped_steps) == (1, 1)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_as_grad_scaler_calls_it(found, kernels, monkeypatch):
+    def run(scale):
+        params = made()
+        optimizer = NAdam(params, lr=0.02, global_clipnorm=0.5)
+        give(params, 1)
+        if scale is not None:
+            for param in params:
+                param.grad *= scale
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found)
+        optimizer.step()
+        return optimizer, params
+
+    optimizer, params = run(1024.0)
+    expected = made() if found else on_cpu(monkeypatch, lambda: run(None)[1])
+    assert apart([p.detach() for p in params], [p.detach() for p in expected]) <= UNITS
+    assert optimizer.last_step.skipped == bool(found)
+
+
+def test_averages(kernels):
+    params = made(torch.bfloat16)
+    optimizer = NAdam(params, lr=0.1, use_ema=True, ema_momentum=0.5, remainder=True)
+    train(optimizer, params, 3)
+    inside = [optimizer.state[param]["ema"].to(param.dtype) for param in params]
+    before = [param.detach().clone() for param in params]
+    with optimizer.swap_ema():
+        assert all(map(torch.equal, params, inside))
+    assert all(map(torch.equal, params, before))
+
+
+def test_faults(kernels):
+    params = made()
+    optimizer = NAdam(params, lr=0.02)
+    train(optimizer, params, 1)
+    optimizer.param_groups[0]["lr"] = -1.0
+    before = values(optimizer, params)
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        train(optimizer, params, 1)
+    assert apart(values(optimizer, params), before) == 0
+    optimizer.param_groups[0]["lr"] = 0.02
+    params[0].grad = torch.zeros(3, 4).to_sparse()
+    with pytest.raises(RuntimeError, match="NAdam does not support sparse gradients"):
+        optimizer.step()
+    assert apart(values(optimizer, params), before) == 0
+
+
+def test_what_the_kernels_cannot_take_is_done_otherwise(kernels):
+    params = made()
+    params[0].data = torch.randn(3, 8)[:, ::2]
+    optimizer = NAdam(params, lr=0.02)
+    train(optimizer, params, 2)
+    assert not kernels
+    assert float(optimizer.state[params[0]]["step"]) == 2
+
+
+def test_parameters_that_come_later(kernels, monkeypatch):
+    def run():
+        params = made()
+        optimizer = NAdam(params[:2], lr=0.02)
+        train(optimizer, params, 2)
+        optimizer.add_param_group({"params": params[2:], "lr": 0.1})
+        train(optimizer, params, 2, first=3)
+        params[0].data = params[0].data.clone()
+        optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].clone()
+        train(optimizer, params, 1, first=5)
+        return values(optimizer, params)
+
+    assert apart(run(), on_cpu(monkeypatch, run)) <= UNITS
