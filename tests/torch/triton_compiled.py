@@ -3,14 +3,19 @@
 import re
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nadam.core import rule
+from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels import triton as kernels
+from nadam.kernels import triton_formats
 from nadam.kernels import triton_prepare as preparing
 from nadam.kernels.spans import COMPUTE_DTYPE, SPLIT
-from nadam.kernels.triton_formats import ELEMENTS
+from nadam.torch import batches, on_gpu
 from nadam.torch.gpu_tables import Launch
 
 CAPABILITIES = [80, 90, 100]
@@ -34,7 +39,12 @@ def compiled(kernel, capability, constants, warps, **pointers):
 
 
 def one_pass(param, grad, capability=90, **options):
-    constants = {"PARAM": param, "GRAD": grad, "PARAM_ELEMENT": ELEMENTS[param], "GRAD_ELEMENT": ELEMENTS[grad]}
+    constants = {
+        "PARAM": param,
+        "GRAD": grad,
+        "PARAM_ELEMENT": triton_formats.ELEMENTS[param],
+        "GRAD_ELEMENT": triton_formats.ELEMENTS[grad],
+    }
     constants |= {**PLAIN, **options, "BLOCK": Launch(param, grad, options.get("ROUNDED", False), 0, 0).block}
     kind = {"float32": "*fp32", "float64": "*fp64"}[COMPUTE_DTYPE[param]]
     return compiled(kernels.one_pass, capability, constants, kernels.WARPS, scalars=kind, factors=kind)
@@ -78,7 +88,11 @@ def test_all_formats_are_compiled(param, grad, full):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_what_reads_the_gradients(capability):
-    constants = {"GRAD": "float32", "GRAD_ELEMENT": ELEMENTS["float32"], "COMPUTE": ELEMENTS["float32"]}
+    constants = {
+        "GRAD": "float32",
+        "GRAD_ELEMENT": triton_formats.ELEMENTS["float32"],
+        "COMPUTE": triton_formats.ELEMENTS["float32"],
+    }
     constants |= {"ACCUMULATED": False, "CHECKED": True, "BLOCK": 1024}
     ptx = compiled(kernels.measure, capability, constants, kernels.WARPS)["ptx"]
     assert accesses(ptx, "ld")[16] == 2
@@ -109,9 +123,44 @@ def test_numbers_of_the_host_arrive_in_float64():
 
 
 def test_the_rule_is_the_one_of_the_core():
-    from nadam.core import rule
-    from nadam.kernels import triton_formats
-
     steps = [line.strip() for line in triton_formats.update.src.splitlines()[1:]]
     assert steps[-1] == "return (param - (param * decay + step), exp_avg, exp_avg_sq)"
     assert triton_formats.update.__module__ == rule.__name__
+
+
+STEPS = {
+    "plain": {},
+    "each": {"clipnorm": 0.5, "use_ema": True, "ema_overwrite_frequency": 2, "gradient_accumulation_steps": 2},
+    "global": {"global_clipnorm": 0.5, "skip_nonfinite": True, "weight_decay": 0.1},
+}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What a step launches, compiled for a GPU from the very arguments, but not run."""
+    target = GPUTarget("cuda", 90, 32)
+    backend, names = make_backend(target), []
+
+    def run(self, *args, grid, warmup, **options):
+        binder = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, found = binder(*args, **options, debug=False)
+        packed = self._pack_args(backend, {**options, "debug": False}, bound, specialization, found)
+        triton.compile(ASTSource(self, *packed[1:]), target=target, options=packed[0].__dict__)
+        names.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return names
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_at_most_four_launches(launched, name):
+    h = Hyperparameters(lr=0.0, **STEPS[name])
+    params = [torch.zeros(5), torch.zeros(5000), torch.zeros(0)]
+    states = [batches.new_state(param, h, batches.Keeping(False, None, 0)) for param in params]
+    plan = on_gpu.DevicePlan(params, states, [torch.zeros_like(param) for param in params], h)
+    on_gpu.step([on_gpu.Part(plan, h, 0.0, 0.9, 0.999)])
+    middle = {"plain": [], "each": ["measure", "sums"], "global": ["measure"]}[name]
+    assert launched == [*middle, "prepare", "one_pass"]
+    one = torch.ones(())
+    on_gpu.step([on_gpu.Part(plan, h, one, 0.9, 0.999)], scale=one, found=one)
+    assert launched == 2 * [*middle, "prepare", "one_pass"]

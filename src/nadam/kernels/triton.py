@@ -5,8 +5,8 @@ chunks, both on the device; a program takes a chunk, and the device's own schedu
 nothing to fit to a device's size. Scalars come from the device, where triton_prepare.py has put them: the host waits
 for nothing.
 
-Where a tensor's memory is aligned to 16 bytes, and all of its state's, whole blocks go 16 bytes at once; what is left
-over, and all of a tensor that is not, element by element.
+Where a tensor's memory is aligned to 16 bytes, and all of its state's, it goes 16 bytes at once; what is left over, and
+all of a tensor that is not, element by element.
 """
 
 import triton
@@ -62,29 +62,50 @@ _CALLS = tl.constexpr(0)
 
 
 @triton.jit
+def _wide(row, count):
+    """How many of a chunk's elements go 16 bytes at once, so computed that the compiler sees it is a multiple of 8."""
+    return count // 8 * ((tl.load(row + _FLAGS) & _ALIGNED).to(tl.int32) * 8)
+
+
+@triton.jit
+def _memory(row):
+    """Where a tensor and its state lie."""
+    param, grad, exp_avg = tl.load(row + _PARAM), tl.load(row + _GRAD), tl.load(row + _EXP_AVG)
+    exp_avg_sq, ema, accumulator = tl.load(row + _EXP_AVG_SQ), tl.load(row + _EMA), tl.load(row + _ACCUMULATOR)
+    return param, tl.load(row + _REMAINDER), grad, exp_avg, exp_avg_sq, ema, accumulator
+
+
+@triton.jit
+def _numbers(scalars):
+    """What the elements of all tensors need."""
+    w1, w2, eps = tl.load(scalars + _W1), tl.load(scalars + _W2), tl.load(scalars + _EPS)
+    exp_avg_step, grad_step = tl.load(scalars + _EXP_AVG_STEP), tl.load(scalars + _GRAD_STEP)
+    unscale, clipvalue = tl.load(scalars + _UNSCALE), tl.load(scalars + _CLIPVALUE)
+    kept, weight, overwrite = tl.load(scalars + _KEPT), tl.load(scalars + _WEIGHT), tl.load(scalars + _OVERWRITE)
+    return w1, w2, exp_avg_step, grad_step, eps, unscale, clipvalue, kept, weight, overwrite
+
+
+@triton.jit
 def _block(
-    row, start, left, scalars, factor, decay, key,
+    memory, numbers, start, left, factor, decay, key,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
-    ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr, COUPLED: tl.constexpr,
-    ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr,
+    COUPLED: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Update one block: load, widen, rule, narrow, store."""
-    COMPUTE: tl.constexpr = scalars.dtype.element_ty
-    param_at, grad_at = tl.load(row + _PARAM), tl.load(row + _GRAD)
-    exp_avg_at, exp_avg_sq_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ)
+    param_at, rest_at, grad_at, exp_avg_at, exp_avg_sq_at, ema_at, accumulator_at = memory
+    w1, w2, exp_avg_step, grad_step, eps, unscale, clipvalue, kept, weight, overwrite = numbers
     if ACCUMULATED:
-        accumulator_at = tl.load(row + _ACCUMULATOR)
         grad = widen(load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
-        grad = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * tl.load(scalars + _UNSCALE)
+        grad = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * unscale
         store(accumulator_at, start, left, tl.zeros((BLOCK,), COMPUTE), COMPUTE, BLOCK, WIDE)
     else:
         grad = widen(load(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
     grad = grad * factor
     if LIMITED:
-        grad = limit(grad, tl.load(scalars + _CLIPVALUE))
+        grad = limit(grad, clipvalue)
     half = load(param_at, start, left, PARAM_ELEMENT, BLOCK, WIDE)
     if PARAM == _SPLIT:
-        rest_at = tl.load(row + _REMAINDER)
         param = join_bfloat16(half, load(rest_at, start, left, tl.uint16, BLOCK, WIDE))
     else:
         param = widen(half, PARAM, COMPUTE)
@@ -98,10 +119,8 @@ def _block(
         exp_avg = load(exp_avg_at, start, left, COMPUTE, BLOCK, WIDE)
     exp_avg_sq = load(exp_avg_sq_at, start, left, COMPUTE, BLOCK, WIDE)
     param, exp_avg, exp_avg_sq = update(
-        param, grad, exp_avg, exp_avg_sq, decoupled,
-        tl.load(scalars + _W1), tl.load(scalars + _W2), tl.load(scalars + _EXP_AVG_STEP),
-        tl.load(scalars + _GRAD_STEP), tl.load(scalars + _EPS),
-    )  # fmt: skip
+        param, grad, exp_avg, exp_avg_sq, decoupled, w1, w2, exp_avg_step, grad_step, eps
+    )
     store(exp_avg_sq_at, start, left, exp_avg_sq, COMPUTE, BLOCK, WIDE)
     if ROUNDED:
         chance = scattered(start + tl.arange(0, BLOCK), key)
@@ -109,14 +128,12 @@ def _block(
     else:
         store(exp_avg_at, start, left, exp_avg, COMPUTE, BLOCK, WIDE)
     if AVERAGED:
-        ema_at = tl.load(row + _EMA)
         stored = param
         if PARAM == "bfloat16" or PARAM == "float16":  # the average is of what is stored
             stored = widen(narrow(param, PARAM), PARAM, COMPUTE)
-        ema = load(ema_at, start, left, COMPUTE, BLOCK, WIDE)
-        ema = moving(ema, stored, tl.load(scalars + _KEPT), tl.load(scalars + _WEIGHT))
+        ema = moving(load(ema_at, start, left, COMPUTE, BLOCK, WIDE), stored, kept, weight)
         store(ema_at, start, left, ema, COMPUTE, BLOCK, WIDE)
-        param = tl.where(tl.load(scalars + _OVERWRITE) != 0, ema, param)
+        param = tl.where(overwrite != 0, ema, param)
     store(param_at, start, left, narrow(param, PARAM), PARAM_ELEMENT, BLOCK, WIDE)
     if PARAM == _SPLIT:
         store(rest_at, start, left, rest_of_bfloat16(param), tl.uint16, BLOCK, WIDE)
@@ -124,12 +141,11 @@ def _block(
 
 @triton.jit
 def _add_block(
-    row, start, left, unscale,
+    grad_at, accumulator_at, start, left, unscale,
     GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add a block of the unscaled gradient to the accumulator."""
-    accumulator_at = tl.load(row + _ACCUMULATOR)
-    grad = widen(load(tl.load(row + _GRAD), start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
+    grad = widen(load(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
     total = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * unscale
     store(accumulator_at, start, left, total, COMPUTE, BLOCK, WIDE)
 
@@ -162,61 +178,70 @@ def one_pass(
         EACH: Whether each tensor has a factor of its own.
         BLOCK: Elements at once.
     """
+    COMPUTE: tl.constexpr = scalars.dtype.element_ty
     mode = tl.load(scalars + _MODE)
     chunk = chunks + tl.program_id(0).to(tl.int64) * _CHUNK_COLUMNS
     tensor, start, count = tl.load(chunk + _TENSOR), tl.load(chunk + _START), tl.load(chunk + _COUNT).to(tl.int32)
     row = rows + tensor * _COLUMNS
-    flags = tl.load(row + _FLAGS)
-    wide = tl.where((flags & _ALIGNED) != 0, count - count % BLOCK, 0)
+    wide = _wide(row, count)
     moves = mode == _UPDATE
     if ACCUMULATED:
         moves = moves & (tl.load(active + tensor) != 0)
-        if (mode == _ACCUMULATE) & (tl.load(row + _GRAD) != 0):
+        grad_at, accumulator_at = tl.load(row + _GRAD), tl.load(row + _ACCUMULATOR)
+        if (mode == _ACCUMULATE) & (grad_at != 0):
             unscale = tl.load(scalars + _UNSCALE)
             for done in range(0, wide, BLOCK):
                 _add_block(
-                    row, start + done, count - done, unscale, GRAD, GRAD_ELEMENT, scalars.dtype.element_ty, BLOCK, True
-                )
+                    grad_at, accumulator_at, start + done, wide - done, unscale,
+                    GRAD, GRAD_ELEMENT, COMPUTE, BLOCK, True,
+                )  # fmt: skip
             for done in range(wide, count, BLOCK):
                 _add_block(
-                    row, start + done, count - done, unscale, GRAD, GRAD_ELEMENT, scalars.dtype.element_ty, BLOCK, False
-                )
+                    grad_at, accumulator_at, start + done, count - done, unscale,
+                    GRAD, GRAD_ELEMENT, COMPUTE, BLOCK, False,
+                )  # fmt: skip
     if moves:
+        memory, numbers = _memory(row), _numbers(scalars)
         if EACH:
             factor = tl.load(factors + tensor)
         else:
             factor = tl.load(scalars + _FACTOR)
         decay = tl.load(scalars + _DECAY)
-        decay = tl.where((flags & _EXCLUDED) != 0, decay * 0.0, decay)
+        decay = tl.where((tl.load(row + _FLAGS) & _EXCLUDED) != 0, decay * 0.0, decay)
         key = tensor.to(tl.uint32)
         if ROUNDED:
             first, second = tl.load(chance).to(tl.uint32), tl.load(chance + 1).to(tl.uint32)
             key = first + tl.load(row + _KEY).to(tl.uint32) * (second | 1)
         for done in range(0, wide, BLOCK):
             _block(
-                row, start + done, count - done, scalars, factor, decay, key, PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT,
-                ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED, BLOCK, True,
+                memory, numbers, start + done, wide - done, factor, decay, key,
+                PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT, COMPUTE, ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED,
+                BLOCK, True,
             )  # fmt: skip
         for done in range(wide, count, BLOCK):
             _block(
-                row, start + done, count - done, scalars, factor, decay, key, PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT,
-                ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED, BLOCK, False,
+                memory, numbers, start + done, count - done, factor, decay, key,
+                PARAM, GRAD, PARAM_ELEMENT, GRAD_ELEMENT, COMPUTE, ACCUMULATED, LIMITED, AVERAGED, COUPLED, ROUNDED,
+                BLOCK, False,
             )  # fmt: skip
 
 
 @triton.jit
 def _squares(
-    row, start, left, unscale, largest, total, shrunk, outside,
+    grad_at, accumulator_at, start, left, unscale, largest, total, shrunk, outside,
     GRAD: tl.constexpr, GRAD_ELEMENT: tl.constexpr, COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr,
     CHECKED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add the squares of a block to the sums, float64 and one per element of a block."""
-    grad_at = tl.load(row + _GRAD)
-    grad = widen(load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE) * unscale
+    if ACCUMULATED:
+        grad = load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE)
+    else:
+        grad = load(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE)
+    grad = widen(grad, GRAD, COMPUTE) * unscale
     if CHECKED:
         outside += tl.where(tl.abs(grad) <= largest, 0, 1)
     if ACCUMULATED:
-        grad += load(tl.load(row + _ACCUMULATOR), start, left, COMPUTE, BLOCK, WIDE)
+        grad += load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE)
     value = grad.to(tl.float64)
     total += value * value
     if COMPUTE == tl.float64:
@@ -262,17 +287,18 @@ def measure(
         multiplier = multiplier / tl.load(scale).to(tl.float64)
     multiplier = multiplier.to(COMPUTE)
     bound = (tl.full((), 0.0, tl.float64) + largest).to(COMPUTE)
-    wide = tl.where((tl.load(row + _FLAGS) & _ALIGNED) != 0, count - count % BLOCK, 0)
+    wide = _wide(row, count)
+    grad_at, accumulator_at = tl.load(row + _GRAD), tl.load(row + _ACCUMULATOR)
     total, shrunk = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     outside = tl.zeros((BLOCK,), tl.int32)
     for done in range(0, wide, BLOCK):
         total, shrunk, outside = _squares(
-            row, start + done, count - done, multiplier, bound, total, shrunk, outside,
+            grad_at, accumulator_at, start + done, wide - done, multiplier, bound, total, shrunk, outside,
             GRAD, GRAD_ELEMENT, COMPUTE, ACCUMULATED, CHECKED, BLOCK, True,
         )  # fmt: skip
     for done in range(wide, count, BLOCK):
         total, shrunk, outside = _squares(
-            row, start + done, count - done, multiplier, bound, total, shrunk, outside,
+            grad_at, accumulator_at, start + done, count - done, multiplier, bound, total, shrunk, outside,
             GRAD, GRAD_ELEMENT, COMPUTE, ACCUMULATED, CHECKED, BLOCK, False,
         )  # fmt: skip
     own = partials + tl.program_id(0).to(tl.int64) * _PARTIALS

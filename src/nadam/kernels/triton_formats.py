@@ -102,14 +102,12 @@ def place(address, start, ELEMENT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def load(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """BLOCK elements, of which only ``left`` are there unless WIDE."""
+    """BLOCK elements, of which only the first ``left`` are there.
+
+    For 16 bytes at once the compiler must also see that ``left`` is a multiple of so many elements.
+    """
     offsets = tl.arange(0, BLOCK)
-    pointers = place(address, start, ELEMENT, WIDE) + offsets
-    if WIDE:
-        values = tl.load(pointers)
-    else:
-        values = tl.load(pointers, mask=offsets < left, other=0)
-    return values
+    return tl.load(place(address, start, ELEMENT, WIDE) + offsets, mask=offsets < left, other=0)
 
 
 @triton.jit
@@ -117,23 +115,14 @@ def load_if(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WI
     """As `load`; zeros, and no memory touched, where there is no such tensor, at address 0."""
     offsets = tl.arange(0, BLOCK)
     there = tl.full((BLOCK,), address, tl.int64) != 0  # a condition made into a block is no mask to the interpreter
-    pointers = place(address, start, ELEMENT, WIDE) + offsets
-    if WIDE:
-        values = tl.load(pointers, mask=there, other=0)
-    else:
-        values = tl.load(pointers, mask=there & (offsets < left), other=0)
-    return values
+    return tl.load(place(address, start, ELEMENT, WIDE) + offsets, mask=there & (offsets < left), other=0)
 
 
 @triton.jit
 def store(address, start, left, values, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """The way back."""
     offsets = tl.arange(0, BLOCK)
-    pointers = place(address, start, ELEMENT, WIDE) + offsets
-    if WIDE:
-        tl.store(pointers, values)
-    else:
-        tl.store(pointers, values, mask=offsets < left)
+    tl.store(place(address, start, ELEMENT, WIDE) + offsets, values, mask=offsets < left)
 
 
 @triton.jit
