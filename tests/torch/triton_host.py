@@ -1,7 +1,10 @@
-"""`NAdam` through the GPU kernels, in Triton's interpreter, beside itself on the CPU; see test_triton.py."""
+"""`NAdam` through the GPU kernels beside itself on the CPU: in Triton's interpreter, or on a GPU (test_triton.py)."""
 
 import copy
 import io
+import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -20,13 +23,14 @@ OPTIONS = {
     "skipping": {"skip_nonfinite": True},
     "maximize": {"maximize": True},
 }
+DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")
 UNITS = 8.0  # fused products and sums, and the order of a sum
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """How often the GPU kernels moved something; they take the CPU's tensors here."""
-    monkeypatch.setattr(gpu_parts, "DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(gpu_parts, "DEVICES", {"cuda", DEVICE})
     module, calls = gpu_parts.on_gpu(), []
     real = module.moved
     monkeypatch.setattr(module, "moved", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
@@ -35,7 +39,7 @@ def kernels(monkeypatch):
 
 def made(dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in SHAPES]
     params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
     return params
 
@@ -43,7 +47,7 @@ def made(dtype=torch.float32, seed=0):
 def give(params, seed, missing=(), bad=False):
     generator = torch.Generator().manual_seed(seed)
     for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
         param.grad = None if i in missing else grad
     if bad:
         params[0].grad[0, 0] = torch.nan
@@ -58,6 +62,7 @@ def train(optimizer, params, steps, first=1, **given):
 def on_cpu(monkeypatch, action):
     with monkeypatch.context() as patch:
         patch.setattr(gpu_parts, "DEVICES", {"cuda"})
+        patch.setattr(sys.modules[__name__], "DEVICE", "cpu")
         return action()
 
 
@@ -69,7 +74,11 @@ def values(optimizer, params):
     """Parameters and state, as float32 numbers."""
     state = optimizer.state_dict()["state"]
     entries = [entry[name] for entry in state.values() for name in sorted(entry)]
-    return [tensor.detach().float() for tensor in (*params, *entries)]
+    return numbers([*params, *entries])
+
+
+def numbers(tensors):
+    return [tensor.detach().float().cpu() for tensor in tensors]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -122,13 +131,16 @@ def test_goes_on_between_devices(kernels, monkeypatch):
     params = made()
     optimizer = NAdam(params, lr=0.02)
     train(optimizer, params, 2)
-    on_cpu(monkeypatch, lambda: train(optimizer, params, 2, first=3))
+    if DEVICE == "cpu":
+        on_cpu(monkeypatch, lambda: train(optimizer, params, 2, first=3))
+    else:
+        train(optimizer, params, 2, first=3)
     train(optimizer, params, 2, first=5)
-    assert len(kernels) == 4
+    assert len(kernels) == (4 if DEVICE == "cpu" else 6)
     others = made()
     stock = torch.optim.NAdam(others, lr=0.02)
     train(stock, others, 6)
-    assert apart([p.detach() for p in params], [p.detach() for p in others]) <= 60
+    assert apart(numbers(params), numbers(others)) <= 60
     again = torch.optim.NAdam(others, lr=0.02)
     again.load_state_dict(optimizer.state_dict())
     assert float(again.state[others[0]]["step"]) == 6
@@ -158,13 +170,14 @@ def test_as_grad_scaler_calls_it(found, kernels, monkeypatch):
         if scale is not None:
             for param in params:
                 param.grad *= scale
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found)
+            tensors = (torch.tensor(number, device=DEVICE) for number in (scale, found))
+            optimizer.grad_scale, optimizer.found_inf = tensors
         optimizer.step()
         return optimizer, params
 
     optimizer, params = run(1024.0)
     expected = made() if found else on_cpu(monkeypatch, lambda: run(None)[1])
-    assert apart([p.detach() for p in params], [p.detach() for p in expected]) <= UNITS
+    assert apart(numbers(params), numbers(expected)) <= UNITS
     assert optimizer.last_step.skipped == bool(found)
 
 
@@ -189,7 +202,7 @@ def test_faults(kernels):
         train(optimizer, params, 1)
     assert apart(values(optimizer, params), before) == 0
     optimizer.param_groups[0]["lr"] = 0.02
-    params[0].grad = torch.zeros(3, 4).to_sparse()
+    params[0].grad = torch.zeros(3, 4, device=DEVICE).to_sparse()
     with pytest.raises(RuntimeError, match="NAdam does not support sparse gradients"):
         optimizer.step()
     assert apart(values(optimizer, params), before) == 0
@@ -197,9 +210,11 @@ def test_faults(kernels):
 
 def test_what_the_kernels_cannot_take_is_done_otherwise(kernels):
     params = made()
-    params[0].data = torch.randn(3, 8)[:, ::2]
+    params[0].data = torch.randn(3, 8, device=DEVICE)[:, ::2]
     optimizer = NAdam(params, lr=0.02)
-    train(optimizer, params, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a GPU then has no kernel
+        train(optimizer, params, 2)
     assert not kernels
     assert float(optimizer.state[params[0]]["step"]) == 2
 
