@@ -18,10 +18,19 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(("file", "interpreted"), [("triton_interpreted.py", "1"), ("triton_compiled.py", "0")])
 def test_triton(file, interpreted):
     # What NumPy says of NaN and infinity while it stands in for a GPU is no fault.
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "ignore::RuntimeWarning",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / file),
+    ]
     done = subprocess.run(
         command,
-        cwd=HERE,
         env={**os.environ, "TRITON_INTERPRET": interpreted},
         capture_output=True,
         text=True,

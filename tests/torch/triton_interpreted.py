@@ -42,7 +42,8 @@ class Device:
 
     def part(self, grads, lr=None):
         if self.plan is None or not self.plan.fits(grads):
-            self.plan = on_gpu.DevicePlan(self.params, self.states, grads, self.h, seed=self.keeping.seed)
+            how = {"seed": self.keeping.seed, "follows": self.plan}
+            self.plan = on_gpu.DevicePlan(self.params, self.states, grads, self.h, **how)
         now = self.h.at(0)
         return on_gpu.Part(self.plan, self.h, now.lr if lr is None else lr, now.beta1, now.beta2)
 
@@ -190,10 +191,10 @@ def test_formats(name, full):
     how = dict(FORMATS[name])
     dtype = how.pop("dtype", torch.float32)
     options = OPTIONS["everything"] if full else {}
-    device = Device(drawn(dtype=dtype), **how, **options)
+    device = Device(drawn(SHAPES[2:], dtype), **how, **options)
     optimizer, others = on_cpu(device.params, **how, **options)
-    for i in range(4):
-        grads = drawn(seed=10 + i, dtype=dtype)
+    for i in range(4 if full else 2):
+        grads = drawn(SHAPES[2:], dtype, seed=10 + i)
         device.step(grads)
         give(others, grads)
         optimizer.step()
@@ -412,6 +413,23 @@ def test_a_skipped_call_does_not_count_in_its_window():
         optimizer.step()
     assert device.states[0]["step"] == 1
     assert all_apart(device, optimizer, others) <= UNITS
+
+
+def test_counters_go_on_where_gradients_change_their_format():
+    settings = {"gradient_accumulation_steps": 3, "eps": 0.1, "skip_nonfinite": True}
+    device, twin = Device(drawn(), **settings), Device(drawn(), **settings)
+    for i in range(7):
+        grads = [g.to(torch.bfloat16) for g in drawn(seed=i)]
+        grads[0] = grads[0] if i % 3 == 0 else None  # only in the first call of a window
+        if i == 1:
+            grads[1][0] = math.nan
+        wide = [None if g is None else g.float() for g in grads]
+        mixed = [w if (i + j) % 2 else g for j, (w, g) in enumerate(zip(wide, grads, strict=True))]
+        seen, report = device.step(mixed), twin.step(wide)
+        assert seen.read() == report.read()
+    assert report.skipped_steps == 1
+    assert device.plan.position(device.h) == 0
+    assert all(torch.equal(a, b) for a, b in zip(device.copy(), twin.copy(), strict=True))
 
 
 def test_tables_follow_the_gradients():

@@ -76,8 +76,6 @@ class Tables:
         ]
         kinds = sorted(set(formats))
         self._order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
-        # Where each one's row is.
-        self.places = [place for _, place in sorted((i, place) for place, i in enumerate(self._order))]
         self._formats = formats
         self._host = np.zeros((len(params), spans.COLUMNS), np.int64)
         for row, i in zip(self._host, self._order, strict=True):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN
+from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
@@ -35,8 +35,13 @@ class DevicePlan:
         grads: Gradients; None, with accumulation, for one that is missing.
         h: Settings of their group.
         position: Calls since the last update, with accumulation.
+        skipped: Calls that were skipped.
         seed: Of rounding by chance, below 2**32.
         decays: Whether each takes part in weight decay; None for all.
+        follows: The plan of the same parameters that did not fit these gradients; its counters go on.
+
+    Attributes:
+        counters: float64, on the device, laid out as those of `core.clock.Clock`.
 
     Raises:
         ValueError: The seed is too large.
@@ -50,8 +55,10 @@ class DevicePlan:
         h: Hyperparameters,
         *,
         position: int = 0,
+        skipped: int = 0,
         seed: int = 0,
         decays: Sequence[bool] | None = None,
+        follows: DevicePlan | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed={seed!r}: expected 0 <= seed < 2**32 on a GPU")
@@ -59,14 +66,17 @@ class DevicePlan:
         self.seed, self.device = seed, self.tables.device
         count = self.tables.count
         self.counters = self._zeros(SEEN + 3 * count)
+        if follows is not None:
+            self.counters.copy_(follows.counters)
         steps, products = self.counters[SEEN + count :].view(2, count)
-        with torch.no_grad():
-            for i, place in enumerate(self.tables.places):
-                steps[place].copy_(states[i]["step"], non_blocking=True)
-                products[place].copy_(states[i]["mu_product"], non_blocking=True)
-                states[i]["step"], states[i]["mu_product"] = steps[place], products[place]
+        for name, kept in (("step", steps), ("mu_product", products)):
+            kept.copy_(torch.stack([torch.as_tensor(state[name], device=states[0][name].device) for state in states]))
+            for state, own in zip(states, kept, strict=True):
+                state[name] = own
+        if follows is None:
             self.counters[CALLS] = steps[0] * (h.gradient_accumulation_steps or 1) + position
             self.counters[MOMENTUM_PRODUCT] = products[0]
+            self.counters[SKIPPED] = skipped
         self.scalars = {name: self._zeros(len(kernels.SCALARS), name) for name in ("float32", "float64")}
         self.factors = {name: self._zeros(count, name) for name in ("float32", "float64")}
         self.active = self._zeros(count)
@@ -78,6 +88,10 @@ class DevicePlan:
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
         """As of `Tables`."""
         return self.tables.fits(grads)
+
+    def position(self, h: Hyperparameters) -> int:
+        """Calls since the last update, with accumulation; it waits for the device."""
+        return int(self.counters[CALLS]) % (h.gradient_accumulation_steps or 1)
 
 
 class Part(NamedTuple):
