@@ -70,7 +70,8 @@ class DevicePlan:
             self.counters.copy_(follows.counters)
         steps, products = self.counters[SEEN + count :].view(2, count)
         for name, kept in (("step", steps), ("mu_product", products)):
-            kept.copy_(torch.stack([torch.as_tensor(state[name], device=states[0][name].device) for state in states]))
+            old = [state[name].to(states[0][name].device) for state in states]
+            kept.copy_(torch.stack(old), non_blocking=True)
             for state, own in zip(states, kept, strict=True):
                 state[name] = own
         if follows is None:
@@ -115,6 +116,8 @@ class Part(NamedTuple):
 class DeviceReport:
     """What a step on a GPU did, as of `StepReport`; whoever looks waits for the device.
 
+    Of a step in a CUDA graph it tells what the last replay did.
+
     Args:
         values: On the device, `triton_prepare.REPORT` of each part.
         measured: Whether there is a norm.
@@ -123,24 +126,21 @@ class DeviceReport:
 
     def __init__(self, values: Tensor, measured: bool, clipped: bool) -> None:
         self._values, self._measured, self._clipped = values, measured, clipped
-        self._report: StepReport | None = None
 
     def read(self) -> StepReport:
-        """The report itself."""
-        if self._report is None:
-            rows = self._values.tolist()
-            mode, step, lr, norm, _, skipped = rows[0]
-            factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
-            updated = mode == kernels.UPDATE
-            self._report = StepReport(
-                step=int(step),
-                learning_rate=lr,
-                grad_norm=norm if self._measured and updated else None,
-                clip_factor=factor if self._clipped and updated else None,
-                skipped_steps=int(skipped),
-                skipped=mode == kernels.SKIP,
-            )
-        return self._report
+        """The report as it is now."""
+        rows = self._values.tolist()
+        mode, step, lr, norm, _, skipped = rows[0]
+        factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
+        updated = mode == kernels.UPDATE
+        return StepReport(
+            step=int(step),
+            learning_rate=lr,
+            grad_norm=norm if self._measured and updated else None,
+            clip_factor=factor if self._clipped and updated else None,
+            skipped_steps=int(skipped),
+            skipped=mode == kernels.SKIP,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
