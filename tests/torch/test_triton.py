@@ -30,8 +30,9 @@ if find_spec("torch") and import_module("torch").cuda.is_available():
 def test_triton(name):
     file, environment = CASES[name]
     # What NumPy says of NaN and infinity while it stands in for a GPU is no fault.
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", file]
+    options = ["-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / file)]
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -15,7 +15,7 @@ from nadam.core.coefficients import coefficients
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels import formats, triton_formats, triton_prepare
 from nadam.kernels.plan import keys
-from nadam.kernels.triton import CHUNK, SCALARS
+from nadam.kernels.triton import ALIGNED, CHUNK, FLAGS, SCALARS
 from nadam.torch import NAdam, batches, on_gpu
 from nadam.torch.arrays import joined
 from nadam.torch.gpu_tables import takes
@@ -42,7 +42,8 @@ class Device:
 
     def part(self, grads, lr=None):
         if self.plan is None or not self.plan.fits(grads):
-            self.plan = on_gpu.DevicePlan(self.params, self.states, grads, self.h, seed=self.keeping.seed)
+            how = {"seed": self.keeping.seed, "follows": self.plan}
+            self.plan = on_gpu.DevicePlan(self.params, self.states, grads, self.h, **how)
         now = self.h.at(0)
         return on_gpu.Part(self.plan, self.h, now.lr if lr is None else lr, now.beta1, now.beta2)
 
@@ -190,10 +191,10 @@ def test_formats(name, full):
     how = dict(FORMATS[name])
     dtype = how.pop("dtype", torch.float32)
     options = OPTIONS["everything"] if full else {}
-    device = Device(drawn(dtype=dtype), **how, **options)
+    device = Device(drawn(SHAPES[2:], dtype), **how, **options)
     optimizer, others = on_cpu(device.params, **how, **options)
-    for i in range(4):
-        grads = drawn(seed=10 + i, dtype=dtype)
+    for i in range(4 if full else 2):
+        grads = drawn(SHAPES[2:], dtype, seed=10 + i)
         device.step(grads)
         give(others, grads)
         optimizer.step()
@@ -278,6 +279,10 @@ def test_sizes_and_alignment(dtype):
     for _ in range(2):
         one.step(grads)
         two.step([torch.cat([g.new_zeros(1), g])[1:] for g in grads])
+    large = [s > 0 for s in sizes]
+    flags = [(each.plan.tables.rows[:, FLAGS] & ALIGNED).bool() for each in (one, two)]
+    assert bool(flags[0].all())  # PyTorch aligns what it allocates
+    assert not bool(flags[1][large].any())
     assert all(torch.equal(p, o) for p, o in zip(params, others, strict=True))
     assert all(bool((m[s:] == 77).all()) for m, s in zip(aligned, sizes, strict=True))
     assert all(bool((m[0] == 77) & (m[s + 1 :] == 77).all()) for m, s in zip(shifted, sizes, strict=True))
@@ -334,6 +339,17 @@ def test_a_learning_rate_on_the_device():
         one.step(drawn(seed=i), lr=0.02 / (i + 1))
         assert two.step(drawn(seed=i), lr=rate).learning_rate == 0.02 / (i + 1)
     assert all(torch.equal(a, b) for a, b in zip(one.params, two.params, strict=True))
+
+
+def test_parameters_that_do_not_decay():
+    decaying, plain, mixed = Device(drawn(), weight_decay=0.5), Device(drawn()), Device(drawn(), weight_decay=0.5)
+    grads, decays = drawn(seed=1), [i % 2 == 0 for i in range(len(SHAPES))]
+    mixed.plan = on_gpu.DevicePlan(mixed.params, mixed.states, grads, mixed.h, decays=decays)
+    for device in (decaying, plain, mixed):
+        device.step(grads)
+    wanted = [a if d else b for a, b, d in zip(decaying.params, plain.params, decays, strict=True)]
+    assert all(torch.equal(p, w) for p, w in zip(mixed.params, wanted, strict=True))
+    assert not torch.equal(decaying.params[1], plain.params[1])
 
 
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
@@ -414,6 +430,23 @@ def test_a_skipped_call_does_not_count_in_its_window():
     assert all_apart(device, optimizer, others) <= UNITS
 
 
+def test_counters_go_on_where_gradients_change_their_format():
+    settings = {"gradient_accumulation_steps": 3, "eps": 0.1, "skip_nonfinite": True}
+    device, twin = Device(drawn(), **settings), Device(drawn(), **settings)
+    for i in range(7):
+        grads = [g.to(torch.bfloat16) for g in drawn(seed=i)]
+        grads[0] = grads[0] if i % 3 == 0 else None  # only in the first call of a window
+        if i == 1:
+            grads[1][0] = math.nan
+        wide = [None if g is None else g.float() for g in grads]
+        mixed = [w if (i + j) % 2 else g for j, (w, g) in enumerate(zip(wide, grads, strict=True))]
+        seen, report = device.step(mixed), twin.step(wide)
+        assert seen.read() == report.read()
+    assert report.skipped_steps == 1
+    assert device.plan.position(device.h) == 0
+    assert all(torch.equal(a, b) for a, b in zip(device.copy(), twin.copy(), strict=True))
+
+
 def test_tables_follow_the_gradients():
     device = Device(drawn())
     device.step(drawn(seed=1))
@@ -447,13 +480,13 @@ def test_other_orders_of_dimensions():
     assert not takes(strided, batches.new_state(strided, device.h, device.keeping))
 
 
-def test_the_report_waits_until_it_is_read():
+def test_the_report_is_read_when_somebody_looks():
     device = Device(drawn())
-    report = device.step(drawn(seed=1))
-    assert report._report is None
-    later = device.step(drawn(seed=2))
+    report, later = device.step(drawn(seed=1)), device.step(drawn(seed=2))
     assert (report.step, later.step) == (1, 2)
     assert "step=1" in repr(report)
+    report._values[0, 1] = 41.0  # as a replay would
+    assert report.step == 41
 
 
 @pytest.mark.parametrize("momentum_decay", [0.0, 0.004, 1.0, math.inf])

@@ -34,7 +34,8 @@ CHUNK = 4096  # elements of a program
 BLOCK = 1024  # elements at once: 8 for each of 128 threads, so that of two bytes each they fill 16
 WARPS = 4
 
-# Columns of a tensor's row: those of spans.py, but here all tensors are dense, and the last two tell other things.
+# Columns of a tensor's row: those of spans.py, but here all tensors are dense, and the last two tell other things:
+# which of the cohort's parameters it is, and flags.
 KEY, FLAGS = spans.PARAM_LAYOUT, spans.GRAD_LAYOUT
 ALIGNED, EXCLUDED = 1, 2  # flags: to 16 bytes; from weight decay
 # What a step does, as triton_prepare.py has decided, and its scalars.

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from nadam.core import clock
 from nadam.kernels import spans
-from nadam.kernels.triton import PARTIALS, SCALARS, SHRINK
+from nadam.kernels.triton import KEY, PARTIALS, SCALARS, SHRINK
 from nadam.kernels.triton_formats import INFINITY, averaging, clip_factor, global_clip_factor, step_coefficients
 
 WARPS = 8
@@ -26,7 +26,7 @@ _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
 )
 NAN = tl.constexpr(float("nan"))
 _PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK)
-_COLUMNS, _GRAD = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.GRAD)
+_COLUMNS, _GRAD, _KEY = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.GRAD), tl.constexpr(KEY)
 
 
 @triton.jit
@@ -254,11 +254,12 @@ def prepare(
             smallest = tl.minimum(smallest, own)
             tl.store(factors32 + tensor, (own * spread).to(tl.float32), mask=there)
             tl.store(factors64 + tensor, own * spread, mask=there)
-        seen_at = counters + _SEEN + tensor
+        own_row = rows + tensor.to(tl.int64) * _COLUMNS
+        seen_at = counters + _SEEN + tl.load(own_row + _KEY, mask=there, other=0)
         moves = tensor < moved
         if ACCUMULATED:
             seen = tl.load(seen_at, mask=there, other=0.0)
-            has_grad = tl.load(rows + tensor.to(tl.int64) * _COLUMNS + _GRAD, mask=there, other=0) != 0
+            has_grad = tl.load(own_row + _GRAD, mask=there, other=0) != 0
             seen = tl.where(has_grad, 1.0, seen)
             tl.store(active + tensor, seen, mask=there)
             moves = moves & (seen != 0)

@@ -67,10 +67,10 @@ class Cohort:
         shares = [share.detach() for share in self._locals]
         kept = [{name: local(value) for name, value in state.items()} for state in states]
         self.plan = on_gpu().DevicePlan(shares, kept, grads, h, position=position, seed=keeping.seed)
-        for place, state, own in zip(self.plan.tables.places, states, kept, strict=True):
+        for i, (state, own) in enumerate(zip(states, kept, strict=True)):
             state["step"], state["mu_product"] = own["step"], own["mu_product"]
             if own.get("grad_accumulator") is not None:
-                self.plan.counters[SEEN + place] = own["grad_accumulator"].any()
+                self.plan.counters[SEEN + i] = own["grad_accumulator"].any()
 
     def gradients(self, name: str) -> list[Tensor | None]:
         """What the parameters have now, of this process's shares."""
@@ -168,13 +168,6 @@ class GpuParts:
         report = module.step_on_devices(parts, scale=scale, found=found, combine=self._combine, skipped=skipped)
         return report, [p for cohort in self.cohorts for p in cohort.params], position, skipped
 
-    @staticmethod
-    def _in_rows(cohort: Cohort) -> list[Tensor]:
-        rows: list[Tensor] = [*cohort.params]
-        for place, param in zip(cohort.plan.tables.places, cohort.params, strict=True):
-            rows[place] = param
-        return rows
-
     @torch.no_grad()
     def _form(
         self,
@@ -206,4 +199,5 @@ class GpuParts:
                 ]
                 cohorts.append(Cohort(index, params, states, grads, h, position, self._keeping))
         self.cohorts, self._present = cohorts, present
-        self._combine = device_combiner([param for cohort in cohorts for param in self._in_rows(cohort)])
+        rows = [cohort.params[i] for cohort in cohorts for i in cohort.plan.tables.order]
+        self._combine = device_combiner(rows)

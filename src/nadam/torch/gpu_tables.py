@@ -60,6 +60,7 @@ class Tables:
         chunks: On the device, int64: a row per chunk.
         ends: On the device, int64: where the chunks of each tensor begin, and the last one's end.
         launches: What there is to launch.
+        order: Whose rows they are, in their order.
     """
 
     def __init__(
@@ -75,22 +76,20 @@ class Tables:
             _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
         ]
         kinds = sorted(set(formats))
-        self._order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
-        # Where each one's row is.
-        self.places = [place for _, place in sorted((i, place) for place, i in enumerate(self._order))]
+        self.order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
         self._formats = formats
         self._host = np.zeros((len(params), spans.COLUMNS), np.int64)
-        for row, i in zip(self._host, self._order, strict=True):
+        for row, i in zip(self._host, self.order, strict=True):
             row[spans.PARAM] = self.params[i].data_ptr()
             for name, column in COLUMNS.items():
                 row[column] = self.states[i][name].data_ptr() if self.states[i].get(name) is not None else 0
             row[KEY] = i
             row[FLAGS] = 0 if decays is None or decays[i] else EXCLUDED
-        chunks = spans.spans([self.params[i].numel() for i in self._order], CHUNK)
+        chunks = spans.spans([self.params[i].numel() for i in self.order], CHUNK)
         ends = np.searchsorted(chunks[:, spans.TENSOR], np.arange(len(params) + 1))
         self.launches = []
         for kind in kinds:
-            own = [place for place, i in enumerate(self._order) if formats[i] == kind]
+            own = [place for place, i in enumerate(self.order) if formats[i] == kind]
             first, last = int(ends[own[0]]), int(ends[own[-1] + 1])
             if last > first:
                 self.launches.append(Launch(*kind, first, last - first))
@@ -131,7 +130,7 @@ class Tables:
         if pointers == self._pointers:
             return
         rows = self._host
-        rows[:, spans.GRAD] = np.array(pointers, np.int64)[self._order]
+        rows[:, spans.GRAD] = np.array(pointers, np.int64)[self.order]
         aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
         rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
         self._upload()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN
+from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
@@ -35,8 +35,13 @@ class DevicePlan:
         grads: Gradients; None, with accumulation, for one that is missing.
         h: Settings of their group.
         position: Calls since the last update, with accumulation.
+        skipped: Calls that were skipped.
         seed: Of rounding by chance, below 2**32.
         decays: Whether each takes part in weight decay; None for all.
+        follows: The plan of the same parameters that did not fit these gradients; its counters go on.
+
+    Attributes:
+        counters: float64, on the device, laid out as those of `core.clock.Clock`.
 
     Raises:
         ValueError: The seed is too large.
@@ -50,8 +55,10 @@ class DevicePlan:
         h: Hyperparameters,
         *,
         position: int = 0,
+        skipped: int = 0,
         seed: int = 0,
         decays: Sequence[bool] | None = None,
+        follows: DevicePlan | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed={seed!r}: expected 0 <= seed < 2**32 on a GPU")
@@ -59,14 +66,18 @@ class DevicePlan:
         self.seed, self.device = seed, self.tables.device
         count = self.tables.count
         self.counters = self._zeros(SEEN + 3 * count)
+        if follows is not None:
+            self.counters.copy_(follows.counters)
         steps, products = self.counters[SEEN + count :].view(2, count)
-        with torch.no_grad():
-            for i, place in enumerate(self.tables.places):
-                steps[place].copy_(states[i]["step"], non_blocking=True)
-                products[place].copy_(states[i]["mu_product"], non_blocking=True)
-                states[i]["step"], states[i]["mu_product"] = steps[place], products[place]
+        for name, kept in (("step", steps), ("mu_product", products)):
+            old = [state[name].to(states[0][name].device) for state in states]
+            kept.copy_(torch.stack(old), non_blocking=True)
+            for state, own in zip(states, kept, strict=True):
+                state[name] = own
+        if follows is None:
             self.counters[CALLS] = steps[0] * (h.gradient_accumulation_steps or 1) + position
             self.counters[MOMENTUM_PRODUCT] = products[0]
+            self.counters[SKIPPED] = skipped
         self.scalars = {name: self._zeros(len(kernels.SCALARS), name) for name in ("float32", "float64")}
         self.factors = {name: self._zeros(count, name) for name in ("float32", "float64")}
         self.active = self._zeros(count)
@@ -78,6 +89,10 @@ class DevicePlan:
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
         """As of `Tables`."""
         return self.tables.fits(grads)
+
+    def position(self, h: Hyperparameters) -> int:
+        """Calls since the last update, with accumulation; it waits for the device."""
+        return int(self.counters[CALLS]) % (h.gradient_accumulation_steps or 1)
 
 
 class Part(NamedTuple):
@@ -101,6 +116,8 @@ class Part(NamedTuple):
 class DeviceReport:
     """What a step on a GPU did, as of `StepReport`; whoever looks waits for the device.
 
+    Of a step in a CUDA graph it tells what the last replay did.
+
     Args:
         values: For each device, `triton_prepare.REPORT` of each part.
         measured: Whether there is a norm.
@@ -110,24 +127,21 @@ class DeviceReport:
 
     def __init__(self, values: Sequence[Tensor], measured: bool, clipped: bool, skipped: int = 0) -> None:
         self._values, self._measured, self._clipped, self._skipped = values, measured, clipped, skipped
-        self._report: StepReport | None = None
 
     def read(self) -> StepReport:
-        """The report itself."""
-        if self._report is None:
-            rows = [row for values in self._values for row in values.tolist()]
-            mode, step, lr, norm, _, skipped = rows[0]
-            factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
-            updated = mode == kernels.UPDATE
-            self._report = StepReport(
-                step=int(step),
-                learning_rate=lr,
-                grad_norm=norm if self._measured and updated else None,
-                clip_factor=factor if self._clipped and updated else None,
-                skipped_steps=self._skipped + int(skipped),
-                skipped=mode == kernels.SKIP,
-            )
-        return self._report
+        """The report as it is now."""
+        rows = [row for values in self._values for row in values.tolist()]
+        mode, step, lr, norm, _, skipped = rows[0]
+        factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
+        updated = mode == kernels.UPDATE
+        return StepReport(
+            step=int(step),
+            learning_rate=lr,
+            grad_norm=norm if self._measured and updated else None,
+            clip_factor=factor if self._clipped and updated else None,
+            skipped_steps=self._skipped + int(skipped),
+            skipped=mode == kernels.SKIP,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
