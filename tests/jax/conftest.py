@@ -1,8 +1,6 @@
-"""The JAX host's tests, where JAX is installed."""
+"""The JAX host's tests, where JAX and optax are installed."""
 
 from importlib.util import find_spec
 
-# Where it is not, this folder would pass for a package of that name, but one without a file of its own.
-found = find_spec("jax")
-collect_ignore = ["sharded_run.py"]  # a program that test_jax_sharding.py runs
-collect_ignore_glob = [] if found and found.origin else ["*.py"]
+collect_ignore = ["sharded_run.py"]  # a program, run by test_jax_sharding.py and test_jax_libraries.py
+collect_ignore_glob = [] if find_spec("jax") and find_spec("optax") else ["*.py"]

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -72,14 +73,15 @@ def start(devices, *arguments):
 
 def finish(*processes):
     """Wait for processes that need each other; when one has failed or hangs, none is left."""
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
+    deadline, errors = time.monotonic() + 300, []
+    for process in processes:
+        try:
+            _, error = process.communicate(timeout=max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            _, error = process.communicate()
+        errors.append(f"{process.returncode}: {error[-3000:]}")
+    assert not any(process.returncode for process in processes), "\n".join(errors)
 
 
 def free_address():
