@@ -58,8 +58,8 @@ def test_state_lies_where_its_parameters_do_and_stays_there(ways, way, name):
 @pytest.mark.parametrize(("way", "name"), CASES)
 def test_later_calls_are_the_same_program(ways, way, name):
     compiled = read(ways / f"{way} {name}.npz")[2]["compiled"]
-    # Counters are on the default device until the first call, as those of optax are, unless init is told otherwise.
-    assert compiled == 1 if way == "jitted init" else compiled <= 2
+    # On an explicit mesh JAX spells specs out: what began as P("x") comes back as P("x", None).
+    assert compiled <= (2 if way == "explicit" else 1)
 
 
 @pytest.mark.parametrize(("between", "name"), PAIRS)

@@ -21,7 +21,7 @@ from nadam.core.rebind import rebind
 from nadam.core.traced import SMALLEST_EPS, scalar
 from nadam.jax.checks import alike, check_gradients, check_trainable, number
 from nadam.jax.pure import XP
-from nadam.jax.trees import as_type, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
+from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
 from nadam.kernels.arrays import mathematics
 
 Schedule = Callable[[Any], Any]
@@ -168,10 +168,11 @@ class _Scaled:
     def new_state(self, params: Any) -> Any:
         """Before the first update."""
         check_trainable(params)
-        state = {"count": jnp.zeros((), jnp.int32), "mu": self._zeros(params, self.mu_dtype), "nu": self._zeros(params)}
+        count = beside(params, jnp.zeros((), jnp.int32))
+        state = {"count": count, "mu": self._zeros(params, self.mu_dtype), "nu": self._zeros(params)}
         if not self.tracks_product:
             return optax.ScaleByAdamState(**state)
-        return NadamState(**state, mu_product=jnp.ones((), scalar_dtype()))
+        return NadamState(**state, mu_product=beside(params, jnp.ones((), scalar_dtype())))
 
     def _zeros(self, params: Any, dtype: Any = None) -> Any:
         def zeros(leaf: Any) -> Any:
@@ -224,7 +225,7 @@ def _transformation(
         parts = [optax.add_decayed_weights(decay.given, mask), *parts]
 
     def init(params: Any) -> tuple[Any, ...]:
-        return scaled.new_state(params), *(part.init(params) for part in parts)
+        return scaled.new_state(params), *(beside(params, part.init(params)) for part in parts)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, tuple[Any, ...]]:
         moments, *counts = state

@@ -27,6 +27,16 @@ def dtype_of(leaf: Any) -> np.dtype[Any]:
     return dtype
 
 
+def beside(params: Any, scalar: Any) -> Any:
+    """A scalar on all devices that parameters are spread over, where an update leaves it: or a second call compiles."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            placed = leaf.sharding
+            if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1:
+                return jax.device_put(scalar, jax.sharding.NamedSharding(placed.mesh, jax.sharding.PartitionSpec()))
+    return scalar
+
+
 def is_weak(leaf: Any) -> bool:
     """Whether a leaf stands for a Python number, whose dtype gives way to others."""
     return isinstance(leaf, (int, float)) or bool(getattr(leaf, "weak_type", False))

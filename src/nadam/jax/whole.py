@@ -15,7 +15,7 @@ from nadam.core.step import StepReport
 from nadam.core.traced import Tensor, Traits, clips_by_norm
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
 from nadam.jax.pure import XP, Progress, Ways, call
-from nadam.jax.trees import as_type, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
+from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
 from nadam.kernels import foreign
 
 
@@ -200,21 +200,22 @@ def _new_state(h: Hyperparameters, params: Any) -> FusedState:
 
     dtype = scalar_dtype()
     none = jnp.zeros((), dtype) if clips_by_norm(h) else None
+    last_step = StepReport(
+        step=jnp.zeros((), jnp.int32),
+        learning_rate=jnp.zeros((), dtype),
+        grad_norm=none,
+        clip_factor=None if none is None else jnp.zeros_like(none),
+        skipped_steps=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), bool),
+    )
     return FusedState(
-        count=jnp.zeros((), jnp.int32),
+        count=beside(params, jnp.zeros((), jnp.int32)),
         mu=zeros(),
         nu=zeros(),
-        mu_product=jnp.ones((), dtype),
+        mu_product=beside(params, jnp.ones((), dtype)),
         ema=jax.tree.map(copied, params) if h.use_ema else None,
         accumulator=zeros() if h.gradient_accumulation_steps else None,
-        last_step=StepReport(
-            step=jnp.zeros((), jnp.int32),
-            learning_rate=jnp.zeros((), dtype),
-            grad_norm=none,
-            clip_factor=None if none is None else jnp.zeros_like(none),
-            skipped_steps=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), bool),
-        ),
+        last_step=beside(params, last_step),
     )
 
 
