@@ -2,5 +2,6 @@
 
 from importlib.util import find_spec
 
-collect_ignore = ["sharded_run.py"]  # a program for torchrun
+# Programs for torchrun, and what test_triton.py runs in processes of their own.
+collect_ignore = ["sharded_run.py", *(f"triton_{name}.py" for name in ("interpreted", "host", "compiled", "cuda"))]
 collect_ignore_glob = [] if find_spec("torch") else ["*.py"]

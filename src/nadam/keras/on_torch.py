@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from nadam.core.average import averaging
 from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED, Clock
 from nadam.core.step import Part, StepReport, step
+from nadam.keras import on_torch_gpu
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Backend, Optimizer
 from nadam.keras.slots import checked_gradient
@@ -69,9 +70,11 @@ class TorchBackend(Backend):
         with torch.no_grad():
             if runtime.clock is None:
                 self._renew(optimizer)
-            if runtime.on_cpu and not in_stateless_scope():  # there a variable's value is not its own
+            if in_stateless_scope():  # there a variable's value is not its own
+                self.eager_step(optimizer, members, grads)
+            elif runtime.on_cpu:
                 self._kernel_step(optimizer, members, grads)
-            else:
+            elif not on_torch_gpu.step(optimizer, members, grads):
                 self.eager_step(optimizer, members, grads)
 
     def settle(self, optimizer: Optimizer) -> None:

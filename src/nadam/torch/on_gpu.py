@@ -143,6 +143,10 @@ class DeviceReport:
             skipped=mode == kernels.SKIP,
         )
 
+    def numbers(self) -> Tensor:
+        """Norm, clip factor and skipped calls, on the (first) device."""
+        return self._values[0][0, 3:6]
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
