@@ -221,6 +221,31 @@ def test_state_that_does_not_fit():  # row 23
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_state_of_another_optimizer(make):  # row 23
+    optimizer = make(0.1)
+    others = [None, {}, (), optax.sgd(0.1).init(tree()), optax.adagrad(0.1).init(tree())]
+    others += [other(0.1).init(tree()) for other in MAKERS.values() if other is not make]
+    others.append(make(0.1, **({"use_ema": True} if make is fused else {"momentum_decay": 1.0})).init(tree()))
+    for state in others:
+        with pytest.raises(ValueError, match=r"state(\.\w+)?: "):
+            optimizer.update(tree(), state, tree())
+
+
+def test_settings_that_do_not_fit_a_state():  # row 23
+    state = fused(0.1).init(tree())
+    for settings in ({"use_ema": True}, {"gradient_accumulation_steps": 2}, {"clipnorm": 1.0}):
+        with pytest.raises(ValueError, match="of an optimizer with other settings: there is none"):
+            fused(0.1, **settings).update(tree(), state, tree())
+
+
+@pytest.mark.parametrize("make", [nadamw, fused])
+def test_a_mask_of_another_structure(make):
+    optimizer = make(0.1, weight_decay=0.1, mask={"x": True})
+    with pytest.raises(ValueError, match="mask: its structure is not that of the parameters"):
+        optimizer.update(tree(), optimizer.init(tree()), tree())
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_wide_state_beside_narrow_parameters_stays_wide(make):  # row 24
     params, state = moved(make, tree(1.0, "bfloat16"), tree(1.0, "bfloat16"))
     for _ in range(2):
@@ -293,8 +318,8 @@ state = optimizer.init(params)
 step = jax.jit(optimizer.update)
 done, kept = 0, (params, state)
 step(params, state, params)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     while True:
         kept = jax.block_until_ready(step(params, *kept[::-1]))
 except KeyboardInterrupt:

@@ -225,10 +225,12 @@ def _transformation(
         parts = [optax.add_decayed_weights(decay.given, mask), *parts]
 
     def init(params: Any) -> tuple[Any, ...]:
+        if decay is not None:
+            chosen(mask, params, jax.tree.structure(params))
         return scaled.new_state(params), *(beside(params, part.init(params)) for part in parts)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, tuple[Any, ...]]:
-        moments, *counts = state
+        moments, *counts = _checked(state, scaled.tracks_product, len(parts))
         if decay is not None and params is None:
             raise ValueError("params: weight decay needs them: update(updates, state, params)")
         grads, treedef = jax.tree.flatten(updates)
@@ -252,6 +254,23 @@ def _transformation(
         return new[0], (moments._replace(**fields), *advanced)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked(state: Any, tracks_product: bool, others: int) -> Any:
+    """A state that is one of such a transformation.
+
+    Raises:
+        ValueError: It is another one's.
+    """
+    kind = NadamState if tracks_product else optax.ScaleByAdamState
+    if (
+        not isinstance(state, tuple)
+        or len(state) != 1 + others
+        or set(getattr(state[0], "_fields", ())) != {*kind._fields}
+    ):
+        found = type(state).__name__ if not isinstance(state, tuple) else [type(part).__name__ for part in state]
+        raise ValueError(f"the optimizer's state: {found}, expected {kind.__name__} and {others} more, as of init")
+    return state
 
 
 def _leaf(

@@ -51,9 +51,16 @@ def as_type(value: Any, dtype: Any, weak: bool) -> Any:
 
 
 def chosen(mask: Any, like: Any, treedef: Any) -> list[bool]:
-    """Which leaves decay."""
+    """Which leaves decay.
+
+    Raises:
+        ValueError: The mask is of another structure.
+    """
     if mask is None:
         return [True] * treedef.num_leaves
     tree = mask(like) if callable(mask) else mask
-    spread = jax.tree.map(lambda part, below: jax.tree.map(lambda _: part, below), tree, like)
+    try:
+        spread = jax.tree.map(lambda part, below: jax.tree.map(lambda _: part, below), tree, like)
+    except ValueError as error:
+        raise ValueError(f"mask: its structure is not that of the parameters, or a prefix of it: {error}") from None
     return [bool(leaf) for leaf in jax.tree.leaves(spread)]

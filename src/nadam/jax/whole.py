@@ -148,6 +148,7 @@ def fused(
     ) -> tuple[Any, FusedState]:
         leaves, treedef = jax.tree.flatten(params)
         check_trainable(params)
+        _check_state(h, state)
         given = alike("grads", grads, "params", treedef, leaves)
         check_gradients("grads", given)
         columns = [
@@ -180,6 +181,23 @@ def fused(
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
     return Fused(init, update, finalize)
+
+
+def _check_state(h: Hyperparameters, state: Any) -> None:
+    if not isinstance(state, FusedState):
+        raise ValueError(f"state: {type(state).__name__}, expected the FusedState that init gives")
+    parts = {
+        "ema": (state.ema, h.use_ema),
+        "accumulator": (state.accumulator, h.gradient_accumulation_steps is not None),
+        "last_step.grad_norm": (state.last_step.grad_norm, clips_by_norm(h)),
+    }
+    for name, (part, wanted) in parts.items():
+        if (part is not None) != wanted:
+            raise ValueError(f"state.{name}: it is of an optimizer with other settings: {_named(part)}")
+
+
+def _named(part: Any) -> str:
+    return "there is none" if part is None else "there should be none"
 
 
 def _trees(state: FusedState) -> tuple[Any, ...]:
