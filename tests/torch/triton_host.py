@@ -202,10 +202,34 @@ def test_faults(kernels):
         train(optimizer, params, 1)
     assert apart(values(optimizer, params), before) == 0
     optimizer.param_groups[0]["lr"] = 0.02
+    params[0].grad, kept = params[0].detach(), params[0].grad
+    with pytest.raises(ValueError, match=r"grads\[0\]: it shares memory with a variable"):
+        optimizer.step()
+    params[0].grad = kept
+    params[1].data, kept = params[0].data.view(-1)[:5], params[1].data
+    with pytest.raises(ValueError, match=r"params\[[01]\] and params\[[01]\]: the variables share memory"):
+        optimizer.step()
+    params[1].data = kept
     params[0].grad = torch.zeros(3, 4, device=DEVICE).to_sparse()
     with pytest.raises(RuntimeError, match="NAdam does not support sparse gradients"):
         optimizer.step()
     assert apart(values(optimizer, params), before) == 0
+
+
+def test_a_refused_call_in_a_window_loses_nothing(kernels, monkeypatch):
+    def run(refused):
+        params = made()
+        optimizer = NAdam(params, lr=0.02, gradient_accumulation_steps=3)
+        train(optimizer, params, 4)
+        if refused:
+            params[1].data, kept = params[0].data.view(-1)[:5], params[1].data
+            with pytest.raises(ValueError, match="share memory"):
+                train(optimizer, params, 1)
+            params[1].data = kept
+        train(optimizer, params, 2, first=5)
+        return values(optimizer, params)
+
+    assert apart(run(True), run(False)) == 0
 
 
 def test_what_the_kernels_cannot_take_is_done_otherwise(kernels):
@@ -227,8 +251,9 @@ def test_parameters_that_come_later(kernels, monkeypatch):
         optimizer.add_param_group({"params": params[2:], "lr": 0.1})
         train(optimizer, params, 2, first=3)
         params[0].data = params[0].data.clone()
-        optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].clone()
         train(optimizer, params, 1, first=5)
+        optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].clone()
+        train(optimizer, params, 1, first=6)
         return values(optimizer, params)
 
     assert apart(run(), on_cpu(monkeypatch, run)) <= UNITS

@@ -110,8 +110,7 @@ def _plan(optimizer: Optimizer, key: tuple[int, ...], params: Sequence[Any], gra
         device = slot.variable._value.device
         state |= {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("step", "mu_product")}
         states.append(state)
-    shares = [param.detach() for param in params]
-    plan = on_gpu().DevicePlan(shares, states, grads, optimizer._hyper, decays=[slot.decays for slot in own])
+    plan = on_gpu().DevicePlan(params, states, grads, optimizer._hyper, decays=[slot.decays for slot in own])
     for i, state in enumerate(states):
         if "grad_accumulator" in state:
             plan.counters[SEEN + i] = state["grad_accumulator"].any()

@@ -63,15 +63,14 @@ class Cohort:
         self.index, self.params, self.states = index, list(params), list(states)
         for param, state in zip(params, states, strict=True):
             settle(param, state, keeping)
-        self._exp_avgs = [state["exp_avg"] for state in states]
         self._locals = [local(param) for param in params]
-        shares = [share.detach() for share in self._locals]
         kept = [{name: local(value) for name, value in state.items()} for state in states]
-        self.plan = on_gpu().DevicePlan(shares, kept, grads, h, position=position, seed=keeping.seed)
+        self.plan = on_gpu().DevicePlan(self._locals, kept, grads, h, position=position, seed=keeping.seed)
         for i, (state, own) in enumerate(zip(states, kept, strict=True)):
             state["step"], state["mu_product"] = own["step"], own["mu_product"]
             if own.get("grad_accumulator") is not None:
                 self.plan.counters[SEEN + i] = own["grad_accumulator"].any()
+        self._kept = [(state["step"], state["exp_avg"]) for state in states]
 
     def gradients(self, name: str) -> list[Tensor | None]:
         """What the parameters have now, of this process's shares."""
@@ -79,7 +78,8 @@ class Cohort:
 
     def is_current(self) -> bool:
         """Whether parameters and state are the tensors that this was made for."""
-        return all(map(is_, (state["exp_avg"] for state in self.states), self._exp_avgs)) and all(
+        known = zip(self.states, self._kept, strict=True)
+        return all(state["step"] is step and state["exp_avg"] is exp_avg for state, (step, exp_avg) in known) and all(
             map(is_, map(local, self.params), self._locals)
         )
 
@@ -172,7 +172,6 @@ class GpuParts:
         settings: Sequence[Hyperparameters],
         position: int,
     ) -> None:
-        self.cohorts, self._present = [], []
         wanted, cohorts = set(map(id, present)), []
         for index, (group, h) in enumerate(zip(groups, settings, strict=True)):
             alike: dict[tuple[Any, ...], list[Tensor]] = {}

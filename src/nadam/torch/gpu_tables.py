@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,10 +51,13 @@ class Tables:
     """Parameters of a cohort, their state and the gradients of a call.
 
     Args:
-        params: Parameters on one device, dense in any order of dimensions.
+        params: Parameters on one device, dense in any order of dimensions; asked again where they lie at each call.
         states: What is kept of each, in the same order of dimensions.
         grads: Their gradients; None, with accumulation, for one that is missing.
         decays: Whether each takes part in weight decay.
+
+    Raises:
+        ValueError: A gradient of another shape, or memory that overlaps.
 
     Attributes:
         rows: On the device, int64: a row per tensor, sorted by formats.
@@ -72,6 +76,10 @@ class Tables:
     ) -> None:
         self.params, self.states = list(params), list(states)
         self.device = params[0].device
+        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if grad is not None and grad.shape != param.shape:
+                raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
+        self._lows, self._highs = _written(self.params, self.states)
         formats = [
             _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
         ]
@@ -129,12 +137,24 @@ class Tables:
         pointers = [ABSENT if grad is None else grad.data_ptr() or 16 for grad in grads]
         if pointers == self._pointers:
             return
+        self._check_apart(pointers, grads)
         rows = self._host
         rows[:, spans.GRAD] = np.array(pointers, np.int64)[self.order]
         aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
         rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
         self._upload()
         self._pointers = pointers
+
+    def _check_apart(self, pointers: list[int], grads: Sequence[Tensor | None]) -> None:
+        begins = np.array(pointers, np.int64)
+        ends = begins + [0 if grad is None else grad.nbytes for grad in grads]
+        last = np.searchsorted(self._lows, ends) - 1
+        shared = (last >= 0) & (ends > begins)
+        shared[shared] = self._highs[last[shared]] > begins[shared]
+        if shared.any():
+            raise ValueError(
+                f"grads[{int(np.flatnonzero(shared)[0])}]: it shares memory with a variable or the optimizer's state"
+            )
 
     def _upload(self) -> None:
         if self.device.type != "cuda":
@@ -158,6 +178,21 @@ class Tables:
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
+
+
+def _written(params: Sequence[Tensor], states: Sequence[State]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the memory begins and ends that a step writes to; it is dense, and must not overlap."""
+    ranges = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, f"params[{i}]")
+        for i, (param, state) in enumerate(zip(params, states, strict=True))
+        for tensor in (param, *(state[name] for name in COLUMNS if state.get(name) is not None))
+        if tensor.numel()
+    )
+    for (_, high, first), (low, _, second) in pairwise(ranges):
+        if high > low:
+            raise ValueError(f"{first} and {second}: the variables share memory")
+    lows, highs, _ = zip(*ranges, strict=True) if ranges else ((), (), ())
+    return np.array(lows, np.int64), np.array(highs, np.int64)
 
 
 def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:
