@@ -486,7 +486,7 @@ def test_the_report_is_read_when_somebody_looks():
     report, later = device.step(drawn(seed=1)), device.step(drawn(seed=2))
     assert (report.step, later.step) == (1, 2)
     assert "step=1" in repr(report)
-    report._values[0, 1] = 41.0  # as a replay would
+    report._values[0][0, 1] = 41.0  # as a replay would
     assert report.step == 41
 
 
