@@ -118,7 +118,7 @@ def test_an_ensemble_of_learning_rates():
 def test_a_gradient_through_fused(settings):
     init, step = whole(**settings)
 
-    def after(rate, forward=False):
+    def after(rate):
         tree, state = params(), init(params())
         for _ in range(4):
             tree, state = step(tree, state, learning_rate=rate)

@@ -527,3 +527,10 @@ def test_chance_is_that_of_the_cpu(seed, step):
 def test_a_seed_that_is_too_large():
     with pytest.raises(ValueError, match=r"seed=4294967296: expected"):
         Device(drawn(), seed=2**32).step(drawn())
+
+
+@pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
+def test_a_learning_rate_on_the_device_out_of_its_range_is_not_silent(rate):
+    device = Device(drawn([(5,)]))
+    device.step(drawn([(5,)], seed=1), lr=torch.tensor(rate))
+    assert device.params[0].isnan().all()
