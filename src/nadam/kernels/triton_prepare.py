@@ -24,7 +24,6 @@ _MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CL
 _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
     tl.constexpr(i) for i in (clock.CALLS, clock.MOMENTUM_PRODUCT, clock.SKIPPED, clock.SEEN)
 )
-NAN = tl.constexpr(float("nan"))
 _PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK)
 _COLUMNS, _GRAD, _KEY = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.GRAD), tl.constexpr(KEY)
 
@@ -189,7 +188,9 @@ def prepare(
     rate = _wide(lr)
     if lr_at is not None:
         rate = tl.load(lr_at).to(tl.float64)
-        rate = tl.where((rate >= 0.0) & (rate < INFINITY), rate, NAN)  # what cannot be refused here is not silent
+        rate = tl.where(
+            (rate >= 0.0) & (rate < INFINITY), rate, float("nan")
+        )  # what cannot be refused here is not silent
     multiplier = _wide(unscale)
     if scale is not None:
         multiplier = multiplier / tl.load(scale).to(tl.float64)
