@@ -1,7 +1,22 @@
-"""The PyTorch host's tests, where PyTorch is installed."""
+"""The PyTorch host's tests, where PyTorch is installed; on another device than the CPU with NADAM_TEST_DEVICE=cuda."""
 
+import os
 from importlib.util import find_spec
+
+import pytest
 
 # Programs for torchrun, and what test_triton.py runs in processes of their own.
 collect_ignore = ["sharded_run.py", *(f"triton_{name}.py" for name in ("interpreted", "host", "compiled", "cuda"))]
 collect_ignore_glob = [] if find_spec("torch") else ["*.py"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """Tensors are made on it where a test names none."""
+    if "NADAM_TEST_DEVICE" not in os.environ:
+        yield
+        return
+    import torch
+
+    with torch.device(os.environ["NADAM_TEST_DEVICE"]):
+        yield

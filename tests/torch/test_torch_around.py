@@ -1,10 +1,13 @@
 """What goes around an optimizer in PyTorch: AMP, torch.compile, averaged models, an optimizer in the backward pass."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import Gradients, apart, equal, parameters, train
+from training import DEVICE, Gradients, apart, drawn, equal, parameters, seeded, train
 
 from nadam.torch import NAdam
 
@@ -14,7 +17,7 @@ STOCK = torch.optim.NAdam
 def scaled_run(cls, spoil, **options):
     params = parameters()
     optimizer = cls(params, eps=0.1, **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=3)
     gradients, scales = Gradients(), []
     for step in range(8):
         gradients.give(params)
@@ -48,7 +51,7 @@ def test_grad_scaler_leaves_unscaling_to_the_step():
 def test_grad_scaler_after_unscaling():
     params, others = parameters(), parameters()
     for cls, chosen in ((NAdam, params), (STOCK, others)):
-        optimizer, scaler = cls(chosen, eps=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer, scaler = cls(chosen, eps=0.1), torch.amp.GradScaler(DEVICE, init_scale=4.0)
         scaler.scale(torch.zeros(()))
         Gradients(scale=4.0).give(chosen)
         scaler.unscale_(optimizer)
@@ -81,7 +84,7 @@ def test_compile(whole):
         elif compiled:
             step = torch.compile(step, backend="eager")
         for i in range(4):
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+            x = drawn(seeded(i), (8, 4))
             if whole:
                 training_step(x)
             else:
@@ -123,7 +126,7 @@ def test_an_optimizer_in_the_backward_pass():
             for param in model.parameters():
                 param.register_post_accumulate_grad_hook(step)
         for i in range(5):
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+            x = drawn(seeded(i), (8, 4))
             (model(x) ** 2).mean().backward()
             if fused:
                 assert all(param.grad is None for param in model.parameters())
@@ -137,7 +140,7 @@ def test_an_optimizer_in_the_backward_pass():
 def test_a_module_that_is_moved_to_another_dtype_by_autocast_is_left_alone():
     model = torch.nn.Linear(4, 3)
     optimizer = NAdam(model.parameters(), lr=0.01)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     assert model.weight.dtype == torch.float32
@@ -153,3 +156,22 @@ def test_numbers_of_the_documentation():
         if t in (1, 10, 1000):
             expected = {1: 0.998943549, 10: 0.995777853, 1000: 0.576271844}[t]
             assert abs(param.item() - expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_ema": True, "clipnorm": 1.0}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_state_is_where_its_parameter_is(options):
+    """Whatever device tensors are made on where none is named."""
+    results = []
+    for default in (DEVICE, "meta"):
+        params, gradients = parameters(shapes=[(3, 4), (), (1 << 20,)]), Gradients()
+        copied = copy.deepcopy(params)
+        with torch.device(default):
+            optimizer = NAdam(params, lr=0.02, **options)
+            train(optimizer, params, 3, gradients)
+            other = NAdam(copied, lr=0.02, **options)
+            other.load_state_dict(pickle.loads(pickle.dumps(optimizer)).state_dict())
+            train(other, copied, 3, gradients)
+        results.append([*params, *copied])
+    assert equal(*results)

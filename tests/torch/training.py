@@ -1,29 +1,42 @@
 """Runs of an optimizer of PyTorch on seeded gradients, for comparisons."""
 
+import os
+
 import numpy as np
 import torch
 
+DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")  # where the tests run: conftest.py
 SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 2)]
 ULPS = {torch.float32: np.float32, torch.float64: np.float64, torch.complex64: np.float32, torch.complex128: np.float64}
 
 
-def parameters(dtype=torch.float32, seed=0, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(seed)
+def seeded(seed):
+    """Numbers from it are the same ones on all devices."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def drawn(generator, shape, dtype=torch.float32):
+    """Normally distributed numbers on the device of the tests."""
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=wide).to(dtype)) for s in shapes]
+    return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(DEVICE, dtype)
+
+
+def parameters(dtype=torch.float32, seed=0, shapes=SHAPES):
+    generator = seeded(seed)
+    return [torch.nn.Parameter(drawn(generator, shape, dtype)) for shape in shapes]
 
 
 class Gradients:
     """The same ones for all who start with the same seed."""
 
     def __init__(self, seed=1, scale=1.0):
-        self.generator, self.scale = torch.Generator().manual_seed(seed), scale
+        self.generator, self.scale = seeded(seed), scale
 
     def give(self, params):
         for param in params:
             wide = torch.complex128 if param.is_complex() else torch.float64
-            drawn = torch.randn(param.shape, generator=self.generator, dtype=wide) * self.scale
-            param.grad = drawn.to(param.dtype)
+            numbers = torch.randn(param.shape, generator=self.generator, dtype=wide, device="cpu") * self.scale
+            param.grad = numbers.to(param.device, param.dtype)
 
 
 def train(optimizer, params, steps, gradients=None):
@@ -37,7 +50,7 @@ def apart(params, others):
     """The largest distance, in units of the last place of 1 or of the larger number."""
     largest = 0.0
     for param, other in zip(params, others, strict=True):
-        one, two = (np.atleast_1d(t.detach().resolve_conj().numpy()) for t in (param, other))
+        one, two = (np.atleast_1d(t.detach().cpu().resolve_conj().numpy()) for t in (param, other))
         assert one.dtype == two.dtype
         assert one.shape == two.shape
         if one.size:

@@ -157,7 +157,7 @@ def _with_owed(slots: Any, members: Sequence[int], grads: list[Any]) -> tuple[li
         accumulator = slots[i].accumulator
         if slots[i].exp_avg is not None and bool(accumulator._value.any()):
             members.append(i)
-            grads.append(torch.zeros((), dtype=accumulator._value.dtype).expand(accumulator._value.shape))
+            grads.append(accumulator._value.new_zeros(()).expand(accumulator._value.shape))
     return members, grads
 
 

@@ -180,8 +180,8 @@ def cohorts(
 def new_state(param: Tensor, h: Hyperparameters, keeping: Keeping) -> State:
     """What the optimizer keeps of a parameter, before its first step."""
     state: State = {
-        "step": torch.zeros((), dtype=torch.float64),
-        "mu_product": torch.ones((), dtype=torch.float64),
+        "step": torch.zeros((), dtype=torch.float64, device="cpu"),
+        "mu_product": torch.ones((), dtype=torch.float64, device="cpu"),
     }
     for name in ("exp_avg", "exp_avg_sq", *extra_state(param, h, keeping)):
         state[name] = zeros_beside(param, PLACES[name], keeping.dtype(name, param))
@@ -230,7 +230,7 @@ def zeros_beside(param: Tensor, place: int, dtype: torch.dtype) -> Tensor:
     if plain.nbytes < LARGE or not plain.is_cpu or type(plain) is not Tensor:
         return plain
     offset = place * SHIFT // plain.itemsize
-    memory = torch.zeros(plain.numel() + offset, dtype=dtype)
+    memory = torch.zeros(plain.numel() + offset, dtype=dtype, device="cpu")
     return memory.as_strided(plain.size(), plain.stride(), offset)
 
 

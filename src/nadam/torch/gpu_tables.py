@@ -173,7 +173,7 @@ class Tables:
                 self._reserve.append(self._pinned())
 
     def _pinned(self) -> Tensor:
-        return torch.empty(self._host.shape, dtype=torch.int64, pin_memory=True)
+        return torch.empty(self._host.shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -165,7 +165,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
         h = Hyperparameters(**self._extras)
         for param, entry in self.state.items():
             for name in state.SCALARS & entry.keys():
-                entry[name] = torch.as_tensor(entry[name], dtype=torch.float64)
+                value = entry[name]
+                kept = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+                entry[name] = kept.to(torch.float64)
             if entry and not entry.keys() >= set(batches.extra_state(param, h, self._keeping)):
                 entry.update({**batches.new_state(param, h, self._keeping), **entry})  # that of another optimizer
 

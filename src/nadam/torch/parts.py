@@ -129,4 +129,4 @@ def _gradient(param: Tensor) -> Tensor:
     if param.grad is not None:
         return param.grad
     share = local(param)
-    return torch.zeros((), dtype=share.dtype, device=share.device).expand(share.shape)
+    return share.new_zeros(()).expand(share.shape)

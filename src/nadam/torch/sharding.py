@@ -43,8 +43,8 @@ def combiner(params: Sequence[Tensor]) -> Callable[[list[float], bool], tuple[li
     def combine(norms: list[float], passed: bool) -> tuple[list[float], bool]:
         squares = [norm * norm for norm in norms] or [0.0] * len(params)
         for (mesh, spread), members in alike.items():
-            shares = torch.tensor([*(squares[i] for i in members), float(not passed)], dtype=torch.float64)
-            shares = shares.to(mesh.device_type)
+            own = [*(squares[i] for i in members), float(not passed)]
+            shares = torch.tensor(own, dtype=torch.float64, device=mesh.device_type)
             for dim in spread:
                 torch.distributed.all_reduce(shares, group=mesh.get_group(dim))
             *sums, failed = shares.tolist()

@@ -78,7 +78,7 @@ def of_adam(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
                 entry.pop("max_exp_avg_sq", None)
                 steps, beta1 = int(entry["step"].tensor), float(ours["betas"][0])
                 product = momentum_product(steps, beta1, float(ours["momentum_decay"]))
-                entry["mu_product"] = Kept(torch.tensor(product, dtype=torch.float64))
+                entry["mu_product"] = Kept(torch.tensor(product, dtype=torch.float64, device="cpu"))
     return made
 
 
@@ -94,7 +94,7 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
             kept[name] = value
             continue
         shape = torch.Size() if name in SCALARS else param.shape
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
         if name in SCALARS and tensor.numel() == 1:
             tensor = tensor.reshape(())
         if tensor.shape != shape:
