@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 from torch.testing._internal.common_optimizers import optim_db
-from training import Gradients, apart, equal, parameters, train
+from training import DEVICE, Gradients, apart, equal, parameters, train
 
 from nadam.torch import NAdam
 
@@ -98,7 +98,8 @@ def test_parameters_that_are_not_contiguous(view):
     twin = strided.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     for param in (strided, twin):
         train(NAdam([param], weight_decay=0.1), [param], 5)
-    assert torch.equal(strided, twin)
+    # On a GPU the kernel takes only dense ones, and PyTorch's operations round otherwise.
+    assert apart([strided], [twin]) <= (0.0 if DEVICE == "cpu" else 8.0)
     assert strided.stride() != twin.stride()
 
 

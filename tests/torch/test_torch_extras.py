@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from training import Gradients, apart, equal, parameters, train
+from training import DEVICE, Gradients, apart, equal, parameters, train
 
-from nadam.torch import NAdam, batches
+from nadam.torch import NAdam, batches, gpu_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference import Reference
@@ -18,12 +18,18 @@ STOCK = torch.optim.NAdam
 UNITS = 60.0  # as in test_torch_drop_in.py
 
 
+def without_kernel(monkeypatch, warned=DEVICE):
+    """Leave the step to PyTorch's operations on arrays."""
+    monkeypatch.setattr(batches, "has_kernel", lambda params: False)
+    monkeypatch.setattr(batches, "_warned", {warned})
+    monkeypatch.setattr(gpu_parts, "DEVICES", set())
+
+
 @pytest.fixture(params=["kernel", "arrays"])
 def way(request, monkeypatch):
     """The kernel, and what other devices have instead."""
     if request.param == "arrays":
-        monkeypatch.setattr(batches, "has_kernel", lambda params: False)
-        monkeypatch.setattr(batches, "_warned", {"cpu"})
+        without_kernel(monkeypatch)
     return request.param
 
 
@@ -176,14 +182,14 @@ def test_skip_nonfinite(value, way):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_has_moments_in_float32(dtype, way):
     params = parameters(dtype)
-    reference = Reference([p.detach().double().numpy() for p in params], 0.01, epsilon=1e-8, momentum_decay=0.004)
+    reference = Reference([p.detach().double().cpu().numpy() for p in params], 0.01, epsilon=1e-8, momentum_decay=0.004)
     optimizer, gradients = NAdam(params, lr=0.01), Gradients()
     for step in range(1, 11):
         train(optimizer, params, 1, gradients)
-        reference.step([p.grad.double().numpy() for p in params])
+        reference.step([p.grad.double().cpu().numpy() for p in params])
         for param, exact in zip(params, reference.p, strict=True):
             unit = torch.finfo(dtype).eps * np.maximum(np.abs(exact), 1.0)
-            assert (np.abs(param.detach().double().numpy() - exact) <= unit * (0.5 + step / 2)).all()
+            assert (np.abs(param.detach().double().cpu().numpy() - exact) <= unit * (0.5 + step / 2)).all()
     assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
     other = NAdam(parameters(dtype))
     other.load_state_dict(optimizer.state_dict())
@@ -248,13 +254,23 @@ def test_a_remainder_of_special_values(value, way):
 
 
 def test_a_device_without_a_kernel_warns_once(monkeypatch):
-    monkeypatch.setattr(batches, "has_kernel", lambda params: False)
-    monkeypatch.setattr(batches, "_warned", set())
+    without_kernel(monkeypatch, warned="another")
     params = parameters()
     optimizer = NAdam(params)
-    with pytest.warns(UserWarning, match="no kernel for 'cpu'"):
+    with pytest.warns(UserWarning, match=f"no kernel for '{DEVICE}'"):
         train(optimizer, params, 1)
     train(optimizer, params, 3)
+
+
+def test_an_expanded_parameter_is_refused_before_anything_changes(way):
+    param = torch.nn.Parameter(torch.ones(1).expand(3))
+    optimizer = NAdam([param])
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        with pytest.raises(ValueError, match=r"params\[0\].* share memory"):
+            optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 0
+    assert not optimizer.state[param]["exp_avg"].any()
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clipnorm": 0.5, "use_ema": True}], ids=str)
@@ -262,8 +278,8 @@ def test_a_device_without_a_kernel_warns_once(monkeypatch):
 def test_arrays_and_kernel_agree(dtype, options, monkeypatch):
     results = []
     for kernel in (True, False):
-        monkeypatch.setattr(batches, "has_kernel", lambda params, kernel=kernel: kernel)
-        monkeypatch.setattr(batches, "_warned", {"cpu"})
+        if not kernel:
+            without_kernel(monkeypatch)
         params = parameters(dtype)
         train(NAdam(params, lr=0.01, **options), params, 20)
         results.append([param.detach().to(torch.complex64 if dtype.is_complex else torch.float64) for param in params])
@@ -288,8 +304,8 @@ def test_a_first_moment_in_bfloat16_follows_the_float32_one(way):
 
 def test_rounding_by_chance_is_seeded_and_resumed(monkeypatch):
     def run(kernel, seed, resumed):
-        monkeypatch.setattr(batches, "has_kernel", lambda params: kernel)
-        monkeypatch.setattr(batches, "_warned", {"cpu"})
+        if not kernel:
+            without_kernel(monkeypatch)
         params, gradients = parameters(torch.bfloat16, shapes=[(5, 70), (3, 4, 2), ()]), Gradients()
         params[0] = torch.nn.Parameter(params[0].detach().t())
         options = {"exp_avg_dtype": torch.bfloat16, "seed": seed, "lr": 0.01}

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from training import Gradients, apart, equal, parameters, train
+from training import DEVICE, Gradients, apart, equal, parameters, train
 
 import nadam
 from nadam.torch import NAdam
@@ -22,7 +22,9 @@ def snapshot(optimizer):
 
 def same(one, other):
     entries = one[1].keys() == other[1].keys() and all(
-        torch.equal(value, other[1][i][name]) for i, entry in one[1].items() for name, value in entry.items()
+        torch.equal(value, other[1][i][name].to(value.device))
+        for i, entry in one[1].items()
+        for name, value in entry.items()
     )
     return equal(one[0], other[0]) and entries
 
@@ -141,7 +143,7 @@ def test_row_10_bfloat16_as_float32():
 
 
 def test_row_13_an_unaligned_parameter():
-    memory = torch.zeros(4 * 5 + 1, dtype=torch.uint8)
+    memory = torch.zeros(4 * 5 + 1, dtype=torch.uint8, device="cpu")  # PyTorch itself makes no such tensors
     array = np.frombuffer(memory.numpy(), np.uint8)[1:].view(np.float32)
     with pytest.warns(UserWarning, match="not writable") if not array.flags.writeable else pytest.MonkeyPatch.context():
         unaligned = torch.nn.Parameter(torch.from_numpy(array))
@@ -272,7 +274,7 @@ def test_row_25_and_32_an_interrupt_leaves_counters_that_agree():
 def child(param, optimizer, queue):
     for _ in range(2):  # nothing else: PyTorch's own operations on large tensors hang after a fork
         optimizer.step()
-    queue.put(param.detach().numpy().tobytes())
+    queue.put(param.detach().cpu().numpy().tobytes())
 
 
 def test_row_26_fork_after_a_step():
@@ -287,7 +289,7 @@ def test_row_26_fork_after_a_step():
     process.join()
     for _ in range(2):
         optimizer.step()
-    assert found == param.detach().numpy().tobytes()
+    assert found == param.detach().cpu().numpy().tobytes()
 
 
 def test_row_27_eight_threads_with_an_optimizer_each():
@@ -378,7 +380,7 @@ def saved(tmp_path):
 def test_rows_28_and_29_a_file_of_ours_is_whole_and_resumes(tmp_path):
     path, params, optimizer, gradients = saved(tmp_path)
     state = nadam.checkpoint.load(path)
-    others = [torch.nn.Parameter(param) for param in state["params"]]
+    others = [torch.nn.Parameter(param.to(DEVICE)) for param in state["params"]]
     other = NAdam([{"params": others[:3]}, {"params": others[3:]}], remainder=True)
     other.load_state_dict(state["optimizer"])
     assert other.param_groups[0]["betas"] == (0.9, 0.999)

@@ -16,8 +16,8 @@ Array = NDArray[Any]
 
 # Words of the C struct of an array (PyArrayObject_fields), after the two that begin every Python object.
 DATA, STRUCT_NDIM, DIMENSIONS, STRIDES, DESCRIPTOR, STRUCT_FLAGS = 2, 3, 4, 5, 7, 8
-# What is expected of an array: type object, dimensions, flags that are set, alignment, its first and last byte's place
-# from its address; then sizes and strides.
+# What is expected of an array: type object, dimensions, flags that are set (of a tensor: its device), alignment, its
+# first and last byte's place from its address; then sizes and strides.
 TYPE, NDIM, FLAGS, ALIGNMENT, LOW, HIGH, SHAPE = range(7)
 WRITEABLE = 0x0400
 # Arguments of the kernel in headers.py.
@@ -85,20 +85,23 @@ def overlaps_itself(array: Array) -> bool:
         >>> overlaps_itself(np.broadcast_to(np.zeros(1), (3,))), overlaps_itself(np.zeros((4, 4))[::2, ::3])
         (True, False)
     """
-    reach = array.itemsize
-    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+    return overlap(array.shape, array.strides, array.itemsize)
+
+
+def overlap(shape: Sequence[int], strides: Sequence[int], width: int) -> bool:
+    """The same of elements so many bytes wide, with strides in bytes."""
+    reach = width
+    for stride, size in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride < reach:
             break
         reach += stride * (size - 1)
     else:
         return False
-    if array.size == 0:
-        return False
     offsets = np.zeros((), np.int64)
-    for stride, size in zip(array.strides, array.shape, strict=True):
+    for stride, size in zip(strides, shape, strict=True):
         offsets = offsets[..., None] + np.arange(size) * stride
     distances = np.diff(np.sort(offsets, axis=None))
-    return bool((distances < array.itemsize).any())
+    return bool((distances < width).any())
 
 
 class Headers:

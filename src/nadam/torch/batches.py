@@ -15,6 +15,7 @@ from torch import Tensor
 from nadam.core.clock import Clock
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import Part
+from nadam.kernels.layouts import overlap
 from nadam.kernels.plan import Plan
 from nadam.kernels.rows import LARGE, SHIFT
 from nadam.kernels.tensors import FORMATS, Slot, TensorPlan
@@ -96,6 +97,9 @@ class Cohort:
         params = [real(share) for share in self._shares]
         states = [{key: real(local(value)) for key, value in state.items()} for state in self.states]
         if not has_kernel(params):
+            for i, param in enumerate(params):
+                if overlap(param.shape, [stride * param.itemsize for stride in param.stride()], param.itemsize):
+                    raise ValueError(f"params[{i}]: its elements share memory, as in one that was expanded")
             warn_once(params[0].device.type)
             self._plan = None
             rows = [Row(*row) for row in zip(params, grads, states, strict=True)]
