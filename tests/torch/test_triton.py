@@ -4,9 +4,11 @@ Triton decides when it is imported whether it interprets, so each of these files
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,12 +17,19 @@ import pytest
 HERE = Path(__file__).parent
 
 
+def has_interpreter():
+    """Triton 3.6's loops by numbers in arrays of one element, which NumPy 2.4 no longer converts."""
+    versions = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return (next(versions) >= (3, 7)) or next(versions) < (2, 4)
+
+
 CASES = {
     "kernels": ("triton_interpreted.py", {"TRITON_INTERPRET": "1"}),
     "NAdam": ("triton_host.py", {"TRITON_INTERPRET": "1"}),
     "PTX": ("triton_compiled.py", {"TRITON_INTERPRET": "0"}),
 }
-if find_spec("torch") and import_module("torch").cuda.is_available():
+HAS_GPU = bool(find_spec("torch")) and import_module("torch").cuda.is_available()
+if HAS_GPU:
     CASES["NAdam on a GPU"] = ("triton_host.py", {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"})
     CASES["graphs and streams"] = ("triton_cuda.py", {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"})
 
@@ -28,10 +37,26 @@ if find_spec("torch") and import_module("torch").cuda.is_available():
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.parametrize("name", CASES)
 def test_triton(name):
-    file, environment = CASES[name]
-    # What NumPy says of NaN and infinity while it stands in for a GPU is no fault.
-    options = ["-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / file)]
+    run(*CASES[name])
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+@pytest.mark.skipif(not (find_spec("triton") and shutil.which("cc")), reason="no Triton, or no C compiler for it")
+def test_launches_without_a_gpu(tmp_path):
+    """By Triton's own launcher, which loads the driver library that it finds there."""
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "no_gpu.c"], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    folders = {"LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    run("triton_launched.py", {"TRITON_INTERPRET": "0", **folders, "TRITON_CACHE_DIR": str(tmp_path / "cache")})
+
+
+def run(file, environment):
+    if environment["TRITON_INTERPRET"] == "1" and not has_interpreter():
+        pytest.skip("Triton 3.6 interprets only with NumPy before 2.4")
+    # What NumPy says of NaN and infinity while it stands in for a GPU is no fault, nor of Triton 3.6's loops.
+    options = ["-q", "-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", str(HERE / file)]
     environment = {**os.environ, **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from nadam.kernels import triton_formats
 from nadam.kernels import triton_prepare as preparing
 from nadam.kernels.spans import COMPUTE_DTYPE, SPLIT
 from nadam.torch import batches, on_gpu
-from nadam.torch.gpu_tables import Launch
+from nadam.torch.gpu_tables import Kind
 
 CAPABILITIES = [80, 90, 100]
 POINTERS = {
@@ -45,7 +45,7 @@ def one_pass(param, grad, capability=90, **options):
         "PARAM_ELEMENT": triton_formats.ELEMENTS[param],
         "GRAD_ELEMENT": triton_formats.ELEMENTS[grad],
     }
-    constants |= {**PLAIN, **options, "BLOCK": Launch(param, grad, options.get("ROUNDED", False), 0, 0).block}
+    constants |= {**PLAIN, **options, "BLOCK": Kind(param, grad, options.get("ROUNDED", False), 0, 0, None).block}
     kind = {"float32": "*fp32", "float64": "*fp64"}[COMPUTE_DTYPE[param]]
     return compiled(kernels.one_pass, capability, constants, kernels.WARPS, scalars=kind, factors=kind)
 

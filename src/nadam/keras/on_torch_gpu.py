@@ -9,7 +9,7 @@ import keras
 import torch
 from torch.autograd.graph import increment_version
 
-from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
+from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Optimizer, with_absent
 from nadam.keras.slots import checked_gradient
@@ -111,8 +111,5 @@ def _plan(optimizer: Optimizer, key: tuple[int, ...], params: Sequence[Any], gra
         state |= {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("step", "mu_product")}
         states.append(state)
     plan = on_gpu().DevicePlan(params, states, grads, optimizer._hyper, decays=[slot.decays for slot in own])
-    for i, state in enumerate(states):
-        if "grad_accumulator" in state:
-            plan.counters[SEEN + i] = state["grad_accumulator"].any()
     runtime.plans[key] = plan, held
     return plan

@@ -49,7 +49,6 @@ from nadam.kernels.spans import COLUMNS, GRAD, PARAM
 small_integers = pointer_to(types.int32)
 # Words of a DLTensor: address; device; dimensions and dtype together; addresses of sizes and strides; byte offset.
 DL_DATA, DL_DEVICE, DL_KIND, DL_SIZES, DL_STRIDES, DL_OFFSET = range(6)
-DL_CPU = 1
 
 
 @intrinsic
@@ -75,13 +74,12 @@ def numpy_array(array, b):
 
 @njit(inline="always")
 def torch_tensor(tensor, b):
-    """The same of a tensor: its type is dtype and dimensions in one word, its flag is to be in the CPU's memory."""
+    """The same of a tensor: its type is dtype and dimensions in one word, its flags are the device."""
     if describe(b[FUNCTION], tensor, b[VIEW]) != 0:
         return int64(-1), int64(0), int64(0), int64(0), int64(0), int64(0)
     view = integers(b[VIEW])
     ndim = int64(small_integers(b[VIEW] + 8 * DL_KIND)[0])
-    on_cpu = int64(view[DL_DEVICE] == DL_CPU)
-    return view[DL_KIND], ndim, on_cpu, view[DL_DATA] + view[DL_OFFSET], view[DL_SIZES], view[DL_STRIDES]
+    return view[DL_KIND], ndim, view[DL_DEVICE], view[DL_DATA] + view[DL_OFFSET], view[DL_SIZES], view[DL_STRIDES]
 
 
 @njit(error_model="numpy", _nrt=False)
@@ -123,6 +121,8 @@ def refresh(source: str) -> Any:
             wanted = integers(expected[t])
             kind, ndim, flags, address, where_sizes, where_strides = look(arrays[t], b)
             if kind != wanted[TYPE] or ndim != wanted[NDIM]:
+                return
+            if listed and flags != wanted[FLAGS]:
                 return
             if (flags & wanted[FLAGS]) != wanted[FLAGS] or (address & (wanted[ALIGNMENT] - 1)) != 0:
                 return

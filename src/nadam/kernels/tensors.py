@@ -112,9 +112,7 @@ class TensorPlan:
         self._check_apart(addresses)
         # A view that stands for its negative has strides of another tensor's, unless it has none to speak of.
         self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
-        self._fits = (
-            exchange_function() and lists_readable() and self._alike_by_headers(made, tensors, grads)
-        ) or self._alike(grads)
+        self._fits = self._alike_by_headers(made, tensors, grads) or self._alike(grads)
 
     def fits(self, grads: Sequence[torch.Tensor]) -> bool:
         """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
@@ -131,7 +129,6 @@ class TensorPlan:
         self, made: Sequence[Group], tensors: Sequence[Memory], grads: Sequence[torch.Tensor]
     ) -> Callable[[list[torch.Tensor]], bool] | None:
         """The check by the kernel that asks PyTorch for all gradients at once; None where it finds not even these."""
-        kernel, function = native.kernel_holding_gil("headers", "refresh", "torch_tensor"), exchange_function()
         given = list(grads)
         written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
         checks = []
@@ -140,8 +137,8 @@ class TensorPlan:
             expected = [_expected(tensors[i].param, self._params[i]) for i in group.members]
             expected += [_expected(tensors[i].grad, grads[i]) for i in group.members]
             group.table.rows[:, PARAM] = _addresses(params)  # 0 for one without elements
-            headers = Headers(kernel, params, expected, group.table.rows, written, function, PLAIN, group.members)
-            if not headers.refresh_from(given):
+            headers = tensor_headers(params, expected, group.table.rows, written, group.members)
+            if headers is None or not headers.refresh_from(given):
                 return None
             checks.append(headers.refresh_from)
         if len(checks) == 1:
@@ -205,10 +202,30 @@ def exchange_function() -> int:
     return int((ctypes.c_int64 * (DESCRIBE + 1)).from_address(table)[DESCRIBE])
 
 
+def tensor_headers(
+    params: Sequence[torch.Tensor],
+    expected: Sequence[NDArray[np.int64]],
+    rows: NDArray[np.int64],
+    written: Sequence[tuple[int, int]],
+    members: NDArray[np.int64],
+) -> Headers | None:
+    """The quick check of `Headers` by the kernel that asks PyTorch for all tensors at once; None where it cannot."""
+    function = exchange_function()
+    if not function or not lists_readable():
+        return None
+    kernel = native.kernel_holding_gil("headers", "refresh", "torch_tensor")
+    return Headers(kernel, params, expected, rows, written, function, PLAIN, members)
+
+
+def kind_and_device(tensor: torch.Tensor) -> tuple[int, int]:
+    """The words of DLPack's that a kernel finds of a tensor."""
+    device, index = tensor.__dlpack_device__()
+    return tensor.dim() | _DL_DTYPES[tensor.dtype] << 32, int(device) | index << 32
+
+
 def _expected(array: NDArray[Any], tensor: torch.Tensor) -> NDArray[np.int64]:
     """What the kernel is to find where it finds a tensor that lies like this one."""
-    kind = tensor.dim() | _DL_DTYPES[tensor.dtype] << 32
-    return expectation(array, kind, 1, tensor.stride())
+    return expectation(array, *kind_and_device(tensor), tensor.stride())
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

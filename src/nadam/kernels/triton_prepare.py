@@ -188,9 +188,8 @@ def prepare(
     rate = _wide(lr)
     if lr_at is not None:
         rate = tl.load(lr_at).to(tl.float64)
-        rate = tl.where(
-            (rate >= 0.0) & (rate < INFINITY), rate, float("nan")
-        )  # what cannot be refused here is not silent
+        # What cannot be refused here is not silent. (As a global name, NaN would never be what Triton compiled it as.)
+        rate = tl.where((rate >= 0.0) & (rate < INFINITY), rate, float("nan"))
     multiplier = _wide(unscale)
     if scale is not None:
         multiplier = multiplier / tl.load(scale).to(tl.float64)

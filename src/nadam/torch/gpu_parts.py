@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nadam.core.clock import CALLS, SEEN, SKIPPED
+from nadam.core.clock import CALLS, SKIPPED
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.tensors import FORMATS
 from nadam.torch.batches import Keeping, new_state, settle, usable
@@ -25,6 +25,7 @@ from nadam.torch.sharding import device_combiner, is_sharded, local, local_gradi
 # Where there are Triton's kernels. A test adds the CPU, with Triton's interpreter.
 DEVICES = {"cuda"}
 OLDEST_TRITON = (3, 6)
+_grad, _step, _exp_avg = attrgetter("grad"), itemgetter("step"), itemgetter("exp_avg")
 
 
 @cache
@@ -66,22 +67,27 @@ class Cohort:
         self._locals = [local(param) for param in params]
         kept = [{name: local(value) for name, value in state.items()} for state in states]
         self.plan = on_gpu().DevicePlan(self._locals, kept, grads, h, position=position, seed=keeping.seed)
-        for i, (state, own) in enumerate(zip(states, kept, strict=True)):
+        for state, own in zip(states, kept, strict=True):
             state["step"], state["mu_product"] = own["step"], own["mu_product"]
-            if own.get("grad_accumulator") is not None:
-                self.plan.counters[SEEN + i] = own["grad_accumulator"].any()
-        self._kept = [(state["step"], state["exp_avg"]) for state in states]
+        self._steps, self._moments = list(map(_step, states)), list(map(_exp_avg, states))
+        self._sharded = any(map(is_sharded, params))
 
-    def gradients(self, name: str) -> list[Tensor | None]:
-        """What the parameters have now, of this process's shares."""
-        return [_gradient(param, name) for param in self.params]
-
-    def is_current(self) -> bool:
-        """Whether parameters and state are the tensors that this was made for."""
-        known = zip(self.states, self._kept, strict=True)
-        return all(state["step"] is step and state["exp_avg"] is exp_avg for state, (step, exp_avg) in known) and all(
-            map(is_, map(local, self.params), self._locals)
-        )
+    def fits(self, state: Any, may_miss: bool, name: str) -> bool:
+        """Whether all is as when this was made; if so, the tables hold the gradients of now."""
+        if state.get(self.params[0]) is not self.states[0]:
+            return False
+        same = all(map(is_, map(_step, self.states), self._steps))
+        if not (same and all(map(is_, map(_exp_avg, self.states), self._moments))):
+            return False
+        if self._sharded and not all(map(is_, map(local, self.params), self._locals)):
+            return False
+        grads, tables = list(map(_grad, self.params)), self.plan.tables
+        if not self._sharded and tables.fits_at_once(grads):
+            return True
+        if not may_miss and any(grad is None for grad in grads):
+            return False
+        fits: bool = tables.fits([_gradient(param, name) for param in self.params])
+        return fits
 
 
 class GpuParts:
@@ -101,12 +107,12 @@ class GpuParts:
         self._settings, self._keeping, self._name = settings, keeping, name
         self._accumulation_steps = accumulation_steps
         self.cohorts: list[Cohort] = []
-        self._present: list[Tensor] = []
+        self._sources: list[list[Tensor]] = []
         self._combine: Any = None
 
     def forget(self) -> None:
         """Form the cohorts anew at the next step."""
-        self.cohorts, self._present = [], []
+        self.cohorts = []
 
     def position(self, otherwise: int) -> int:
         """Calls since the last update; whoever asks waits for the device."""
@@ -141,17 +147,11 @@ class GpuParts:
             What it did, the parameters, position and skipped calls by when the cohorts were formed; None where there is
             no gradient, NotImplemented where the kernels cannot run. Then nothing has changed.
         """
-        present = [
-            p
-            for group in groups
-            for p in group["params"]
-            if p.grad is not None or (self._accumulation_steps is not None and state.get(p))
-        ]
         now = [self._settings.on_device(index, group) for index, group in enumerate(groups)]
-        fits = len(present) == len(self._present) and all(map(is_, present, self._present))
-        fits = fits and all(cohort.is_current() for cohort in self.cohorts)
-        grads = [cohort.gradients(self._name) for cohort in self.cohorts] if fits else []
-        if not (fits and all(c.plan.fits(own) for c, own in zip(self.cohorts, grads, strict=True))):
+        if not self._fits(groups, state):
+            present = [
+                p for group in groups for p in group["params"] if p.grad is not None or self._goes_on(state.get(p))
+            ]
             if present and not can_run(present):
                 return NotImplemented
             position, skipped = self.position(position), skipped + self.skipped()
@@ -162,6 +162,22 @@ class GpuParts:
         parts = [module.Part(cohort.plan, *now[cohort.index]) for cohort in self.cohorts]
         report = module.step_on_devices(parts, scale=scale, found=found, combine=self._combine, skipped=skipped)
         return report, [p for cohort in self.cohorts for p in cohort.params], position, skipped
+
+    def _goes_on(self, entry: Any) -> bool:
+        """Whether a parameter takes part without a gradient, which may have had one in this window."""
+        return self._accumulation_steps is not None and bool(entry)
+
+    def _fits(self, groups: Sequence[dict[str, Any]], state: Any) -> bool:
+        """Whether the cohorts are those of this call, with its gradients."""
+        sources = [group["params"] for group in groups]
+        if not (self.cohorts and len(sources) == len(self._sources) and all(map(is_, sources, self._sources))):
+            return False
+        if list(map(len, sources)) != self._counts:
+            return False
+        if any(p.grad is not None or self._goes_on(state.get(p)) for p in self._absent):
+            return False
+        may_miss = self._accumulation_steps is not None
+        return all(cohort.fits(state, may_miss, self._name) for cohort in self.cohorts)
 
     @torch.no_grad()
     def _form(
@@ -187,7 +203,9 @@ class GpuParts:
                 states = [state[param] for param in params]
                 grads = [_gradient(param, self._name) for param in params]
                 cohorts.append(Cohort(index, params, states, grads, h, position, self._keeping))
-        self.cohorts, self._present = cohorts, present
+        self.cohorts, self._sources = cohorts, [group["params"] for group in groups]
+        self._counts = list(map(len, self._sources))
+        self._absent = [param for source in self._sources for param in source if id(param) not in wanted]
         rows = [cohort.params[i] for cohort in cohorts for i in cohort.plan.tables.order]
         self._combine = device_combiner(rows)
 

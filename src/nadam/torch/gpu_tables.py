@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.kernels import spans
-from nadam.kernels.tensors import FORMATS
+from nadam.kernels.layouts import Headers
+from nadam.kernels.tensors import FORMATS, kind_and_device, tensor_headers
 from nadam.kernels.triton import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
 
 State = dict[str, Any]
@@ -27,16 +28,18 @@ MEMORY = [spans.PARAM, spans.GRAD, *COLUMNS.values()]
 # Tables can be uploaded so many times while CUDA graphs are being captured; each of these copies stays in its graph.
 CAPTURES = 4
 ABSENT = 0  # the address of a gradient that is missing
+PRESENT = 16  # and of one without elements, which has none
 
 
-class Launch(NamedTuple):
+class Kind(NamedTuple):
     """Tensors of the same number formats: one launch of each kernel."""
 
     param_format: str
     grad_format: str
     rounded: bool
     first: int  # of its chunks
-    chunks: int
+    programs: int
+    chunks: Tensor
 
     @property
     def block(self) -> int:
@@ -63,7 +66,7 @@ class Tables:
         rows: On the device, int64: a row per tensor, sorted by formats.
         chunks: On the device, int64: a row per chunk.
         ends: On the device, int64: where the chunks of each tensor begin, and the last one's end.
-        launches: What there is to launch.
+        kinds: Tensors of the same formats, which are launched together.
         order: Whose rows they are, in their order.
     """
 
@@ -95,55 +98,83 @@ class Tables:
             row[FLAGS] = 0 if decays is None or decays[i] else EXCLUDED
         chunks = spans.spans([self.params[i].numel() for i in self.order], CHUNK)
         ends = np.searchsorted(chunks[:, spans.TENSOR], np.arange(len(params) + 1))
-        self.launches = []
+        self.count, self.chunk_count = len(params), len(chunks)
+        self.chunks, self.ends = self._on_device(chunks), self._on_device(ends.astype(np.int64))
+        self.kinds = []
         for kind in kinds:
             own = [place for place, i in enumerate(self.order) if formats[i] == kind]
             first, last = int(ends[own[0]]), int(ends[own[-1] + 1])
             if last > first:
-                self.launches.append(Launch(*kind, first, last - first))
-        self.count, self.chunk_count = len(params), len(chunks)
-        self.chunks, self.ends = self._on_device(chunks), self._on_device(ends.astype(np.int64))
+                self.kinds.append(Kind(*kind, first, last - first, self.chunks[first:last]))
         self.rows = torch.zeros((self.count, spans.COLUMNS), dtype=torch.int64, device=self.device)
-        self._pointers: list[int] = []
-        self._addresses = [param.data_ptr() for param in self.params]
+        self._uploaded = np.full(self.count, -1, np.int64)  # where gradients lie in the device's table
+        self._lie = list(map(_lies, self.params))
         self._reserve: list[Tensor] = []  # pinned, for uploads while a graph is being captured
         self._captured: list[Tensor] = []  # which those graphs copy from
-        self.held: list[Tensor | None] = []
-        self._take(self._dense(grads))
+        self._headers: Headers | None = None
+        self._copies: list[Tensor] = []
+        self._take(grads)
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether gradients have the formats that this was made for; if so, their addresses are in the table now.
+        """Whether gradients, as they are, have the formats that this was made for.
 
-        While they lie where those of the last call did, nothing is uploaded.
+        If so, their addresses are in the table now. While they lie where those of the last call did, nothing is
+        uploaded.
+
+        Raises:
+            ValueError: Memory that overlaps.
         """
-        if len(grads) != self.count or [param.data_ptr() for param in self.params] != self._addresses:
+        if len(grads) != self.count:
             return False
-        for grad, param, (_, grad_format, _) in zip(grads, self.params, self._formats, strict=True):
-            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != param.shape):
+        if self.fits_at_once(grads):
+            return True
+        if list(map(_lies, self.params)) != self._lie:
+            return False
+        for grad, (_, shape, _), (_, grad_format, _) in zip(grads, self._lie, self._formats, strict=True):
+            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != shape):
                 return False
-        self._take(self._dense(grads))
+        self._take(grads)
         return True
 
-    def _dense(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients in the order of dimensions of their parameters: themselves wherever they can be."""
-        self.held = [
+    def fits_at_once(self, grads: Sequence[Tensor | None]) -> bool:
+        """The same, asked of all tensors at once; False also where that is not enough to know."""
+        if self._headers is None or len(grads) != self.count:
+            return False
+        try:
+            if not self._headers.refresh_from(grads if type(grads) is list else list(grads)):
+                return False
+        except RuntimeError:  # a sparse tensor has no address
+            return False
+        if self._perhaps_negative and any(grads[i].is_neg() for i in self._perhaps_negative):  # type: ignore[union-attr]
+            return False
+        self._host[self._empty, spans.GRAD] = PRESENT
+        self._copies = []
+        self._upload()
+        return True
+
+    def _take(self, grads: Sequence[Tensor | None]) -> None:
+        """Put the addresses of gradients into the table, or of copies in their parameters' order of dimensions."""
+        dense = [
             grad if grad is None or in_step(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             for grad, param in zip(grads, self.params, strict=True)
         ]
-        return self.held
-
-    def _take(self, grads: Sequence[Tensor | None]) -> None:
-        # One without elements has no address, but it is there; ABSENT is what is not.
-        pointers = [ABSENT if grad is None else grad.data_ptr() or 16 for grad in grads]
-        if pointers == self._pointers:
-            return
-        self._check_apart(pointers, grads)
-        rows = self._host
-        rows[:, spans.GRAD] = np.array(pointers, np.int64)[self.order]
-        aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
-        rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
+        self._copies = [one for one, other in zip(dense, grads, strict=True) if one is not None and one is not other]
+        pointers = [ABSENT if grad is None else grad.data_ptr() or PRESENT for grad in dense]
+        self._check_apart(pointers, dense)
+        self._host[:, spans.GRAD] = np.array(pointers, np.int64)[self.order]
         self._upload()
-        self._pointers = pointers
+        present = [grad for grad in grads if grad is not None]
+        if self._headers is None and not self._copies and len(present) == self.count:
+            self._headers = self._headers_for(present)
+
+    def _headers_for(self, grads: Sequence[Tensor]) -> Headers | None:
+        """What tells quickly that gradients lie as these do, and parameters as they do now."""
+        expected = [_expected(each[i]) for each in (self.params, grads) for i in self.order]
+        params = [self.params[i] for i in self.order]
+        self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
+        self._empty = [place for place, param in enumerate(params) if not param.numel()]
+        written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
+        return tensor_headers(params, expected, self._host, written, np.array(self.order, np.int64))
 
     def _check_apart(self, pointers: list[int], grads: Sequence[Tensor | None]) -> None:
         begins = np.array(pointers, np.int64)
@@ -157,6 +188,16 @@ class Tables:
             )
 
     def _upload(self) -> None:
+        """Bring the table to the device, if it is another one than there."""
+        rows = self._host
+        if (rows[:, spans.GRAD] == self._uploaded).all():
+            return
+        aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
+        rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
+        self._bring()
+        self._uploaded = rows[:, spans.GRAD].copy()
+
+    def _bring(self) -> None:
         if self.device.type != "cuda":
             self.rows.copy_(torch.from_numpy(self._host))
         elif torch.cuda.is_current_stream_capturing():
@@ -178,6 +219,16 @@ class Tables:
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
+
+
+def _lies(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _expected(tensor: Tensor) -> NDArray[np.int64]:
+    """What the kernel of `Headers` is to find where it finds a tensor that is dense, like this one."""
+    kind, device = kind_and_device(tensor)
+    return np.array([kind, tensor.dim(), device, 1, 0, tensor.nbytes, *tensor.shape, *tensor.stride()], np.int64)
 
 
 def _written(params: Sequence[Tensor], states: Sequence[State]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

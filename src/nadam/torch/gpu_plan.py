@@ -1,0 +1,73 @@
+"""What is kept on a GPU of parameters that are updated together: tables, counters, scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.kernels.triton import SCALARS
+from nadam.torch.gpu_tables import State, Tables
+
+
+class DevicePlan:
+    """Parameters that have been updated equally often, with their counters, on one GPU.
+
+    Args:
+        params: Parameters; `gpu_tables.takes` has accepted each.
+        states: What is kept of each. Step and momentum product become views of the counters.
+        grads: Gradients; None, with accumulation, for one that is missing.
+        h: Settings of their group.
+        position: Calls since the last update, with accumulation.
+        seed: Of rounding by chance, below 2**32.
+        decays: Whether each takes part in weight decay; None for all.
+
+    Attributes:
+        counters: float64, on the device, laid out as those of `core.clock.Clock`.
+
+    Raises:
+        ValueError: The seed is too large.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        grads: Sequence[Tensor | None],
+        h: Hyperparameters,
+        *,
+        position: int = 0,
+        seed: int = 0,
+        decays: Sequence[bool] | None = None,
+    ) -> None:
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed!r}: expected 0 <= seed < 2**32 on a GPU")
+        self.tables = Tables(params, states, grads, decays)
+        self.seed, self.device = seed, self.tables.device
+        count = self.tables.count
+        self.counters = self._zeros(SEEN + 3 * count)
+        steps, products = self.counters[SEEN + count :].view(2, count)
+        for name, kept in (("step", steps), ("mu_product", products)):
+            old = [state[name].to(states[0][name].device) for state in states]
+            kept.copy_(torch.stack(old), non_blocking=True)
+            for state, own in zip(states, kept, strict=True):
+                state[name] = own
+        self.counters[CALLS] = steps[0] * (h.gradient_accumulation_steps or 1) + position
+        self.counters[MOMENTUM_PRODUCT] = products[0]
+        for i, state in enumerate(states):
+            if state.get("grad_accumulator") is not None:
+                self.counters[SEEN + i] = state["grad_accumulator"].any()
+        self.scalars = {name: self._zeros(len(SCALARS), name) for name in ("float32", "float64")}
+        self.factors = {name: self._zeros(count, name) for name in ("float32", "float64")}
+        self.active = self._zeros(count)
+        self.chance = self._zeros(2, "int32")
+
+    def _zeros(self, count: int, dtype: str = "float64") -> Tensor:
+        return torch.zeros(count, dtype=getattr(torch, dtype), device=self.device)
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """As of `Tables`."""
+        return self.tables.fits(grads)
