@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 sharded_run.py train FOLDER
 torchrun --nproc-per-node 4 sharded_run.py resume FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nadam.torch import NAdam
 
+DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")
 STEPS = 6
 OPTIONS = {"lr": 0.05, "global_clipnorm": 0.05, "eps": 1e-3, "weight_decay": 0.1, "use_ema": True}
 EACH = {**OPTIONS, "global_clipnorm": None, "clipnorm": 0.02, "skip_nonfinite": True}
@@ -31,14 +33,15 @@ EACH = {**OPTIONS, "global_clipnorm": None, "clipnorm": 0.02, "skip_nonfinite": 
 
 def make_model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 7), torch.nn.Linear(7, 1))
+    layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 7), torch.nn.Linear(7, 1)
+    return torch.nn.Sequential(*layers).to(DEVICE)
 
 
 def train(model, optimizer, first=0, last=STEPS):
     """The same data on every process, so that their mean is that of one."""
     reports = []
     for step in range(first, last):
-        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         optimizer.zero_grad()
         loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
         if step == 3 and optimizer_of(optimizer)._extras["skip_nonfinite"]:
@@ -57,7 +60,7 @@ def optimizer_of(optimizer):
 def whole(model):
     """All parameters, gathered."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in inner.parameters()]
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p.detach()).to(DEVICE) for p in inner.parameters()]
 
 
 def sharded(model, **options):
@@ -68,7 +71,7 @@ def sharded(model, **options):
 
 
 def tensor_parallel(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
@@ -129,7 +132,11 @@ def resume(folder):
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if DEVICE == "cpu":
+        dist.init_process_group("gloo")
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     results = train_all(folder) if what == "train" else resume(folder)
     torch.save(results, folder / f"{what}-{dist.get_world_size()}-{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -156,8 +156,8 @@ def test_a_gradient_that_is_missing_at_the_end_of_a_window_counts_as_zero(way, s
         optimizer.step()
     reference = Reference([np.ones(2)] * 2, 0.1, epsilon=0.1, momentum_decay=0.004)
     reference.step([np.ones(2), np.full(2, 1 / steps)])
-    np.testing.assert_allclose(one.detach(), reference.p[0], rtol=1e-6)
-    np.testing.assert_allclose(other.detach(), reference.p[1], rtol=1e-6)
+    np.testing.assert_allclose(one.detach().cpu(), reference.p[0], rtol=1e-6)
+    np.testing.assert_allclose(other.detach().cpu(), reference.p[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])

@@ -277,6 +277,7 @@ def child(param, optimizer, queue):
     queue.put(param.detach().cpu().numpy().tobytes())
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="CUDA is not usable in a forked process")
 def test_row_26_fork_after_a_step():
     param = torch.nn.Parameter(torch.ones(1 << 21))
     optimizer = NAdam([param], global_clipnorm=1.0)

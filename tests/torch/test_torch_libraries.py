@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
-from training import apart, equal
+from training import DEVICE, apart, drawn, equal, seeded
 
 from nadam.torch import NAdam
 
@@ -20,6 +20,11 @@ CLIP = 0.5
 # middle lies inside a window of accumulation.
 EXTRAS = [{}, {"use_ema": True, "skip_nonfinite": True}, {"gradient_accumulation_steps": 2}]
 SETTINGS = {"lr": 0.02, "weight_decay": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """These libraries bring models and batches there themselves, and draw their numbers on the CPU."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +47,7 @@ def perceptron(seed=0):
 
 
 def loader():
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(BATCHES * SIZE, 3, generator=generator)
+    inputs = drawn(seeded(2), (BATCHES * SIZE, 3)).cpu()
     return DataLoader(TensorDataset(inputs, 3 * inputs.prod(dim=1, keepdim=True)), batch_size=SIZE)
 
 
@@ -57,13 +61,13 @@ def decay(optimizer):
 
 def by_hand(epochs, limit, **settings):
     """What a loop of Lightning's does, without it."""
-    model = perceptron()
+    model = perceptron().to(DEVICE)
     optimizer = NAdam(model.parameters(), **settings)
     scheduler = decay(optimizer)
     for _ in range(epochs):
         for batch in loader():
             optimizer.zero_grad()
-            loss_of(model, batch).backward()
+            loss_of(model, [tensor.to(DEVICE) for tensor in batch]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
             scheduler.step()
@@ -73,7 +77,8 @@ def by_hand(epochs, limit, **settings):
 def assert_same(ours, others):
     """Two pairs of a model and its optimizer, bit for bit."""
     for one, other in zip(ours, others, strict=True):
-        assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+        # Lightning brings both back to the CPU after a run.
+        assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0, check_device=False)
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def lightning_run(lightning, folder, seed, epochs, settings, resume=None):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay(optimizer), "interval": "step"}}
 
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        accelerator="cpu" if DEVICE == "cpu" else "gpu",
         devices=1,
         max_epochs=epochs,
         gradient_clip_val=CLIP,
@@ -151,8 +156,7 @@ def transformers_trainer(transformers, folder, seed, settings):
     sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     model = transformers.GPT2LMHeadModel(config)
-    generator = torch.Generator().manual_seed(2)
-    texts = torch.randint(0, 16, (24, 6), generator=generator)
+    texts = torch.randint(0, 16, (24, 6), generator=seeded(2))
     arguments = transformers.TrainingArguments(
         output_dir=folder,
         max_steps=9,
@@ -160,7 +164,7 @@ def transformers_trainer(transformers, folder, seed, settings):
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_grad_norm=CLIP,
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         report_to="none",
         logging_strategy="no",
         disable_tqdm=True,
@@ -213,7 +217,7 @@ class Accelerated:
     def __init__(self, accelerate, cls=NAdam, seed=0, **settings):
         forget_accelerator()
         self.norms = []
-        self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        self.accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu", gradient_accumulation_steps=2)
         model = perceptron(seed)
         optimizer = cls(model.parameters(), **SETTINGS, **settings)
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
@@ -259,5 +263,5 @@ def test_accelerate_as_with_pytorchs_own(accelerate):
     ours, stock = (Accelerated(accelerate, cls).train(4).made() for cls in (NAdam, torch.optim.NAdam))
     assert type(ours[1]) is NAdam
     assert ours[1].last_step.step == 4 * (BATCHES + 1) // 2
-    assert not equal(ours[0].parameters(), perceptron().parameters())
+    assert not equal(ours[0].parameters(), perceptron().to(DEVICE).parameters())
     assert apart(ours[0].parameters(), stock[0].parameters()) < 10

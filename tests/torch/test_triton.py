@@ -30,8 +30,12 @@ CASES = {
 }
 HAS_GPU = bool(find_spec("torch")) and import_module("torch").cuda.is_available()
 if HAS_GPU:
-    CASES["NAdam on a GPU"] = ("triton_host.py", {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"})
-    CASES["graphs and streams"] = ("triton_cuda.py", {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"})
+    ON_GPU = {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"}
+    HOST = ["drop_in", "extras", "faults", "around", "libraries"]
+    HOST += ["sharding"] if import_module("torch").cuda.device_count() > 1 else []
+    CASES |= {f"{name} on a GPU": (f"test_torch_{name}.py", ON_GPU) for name in HOST}
+    CASES["NAdam on a GPU"] = ("triton_host.py", ON_GPU)
+    CASES["graphs and streams"] = ("triton_cuda.py", ON_GPU)
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")

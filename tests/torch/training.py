@@ -60,4 +60,5 @@ def apart(params, others):
 
 
 def equal(params, others):
-    return all(torch.equal(one, other) for one, other in zip(params, others, strict=True))
+    """Bit for bit, wherever they lie."""
+    return all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(params, others, strict=True))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from training import apart
-from triton_host import SHAPES, UNITS, give, numbers, values
+from triton_host import SHAPES, UNITS, give, normal, numbers, values
 
 from nadam.torch import NAdam
 
@@ -24,8 +24,7 @@ OPTIONS = {
 
 
 def made(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to("cuda", dtype)) for shape in SHAPES]
+    return [torch.nn.Parameter(values.to("cuda", dtype)) for values in normal(0, SHAPES)]
 
 
 def prepared(**options):

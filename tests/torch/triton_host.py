@@ -2,13 +2,12 @@
 
 import copy
 import io
-import os
 import sys
 import warnings
 
 import pytest
 import torch
-from training import apart
+from training import DEVICE, apart, seeded
 
 from nadam.torch import NAdam, gpu_parts
 
@@ -23,7 +22,6 @@ OPTIONS = {
     "skipping": {"skip_nonfinite": True},
     "maximize": {"maximize": True},
 }
-DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")
 UNITS = 8.0  # fused products and sums, and the order of a sum
 
 
@@ -37,18 +35,22 @@ def kernels(monkeypatch):
     return calls
 
 
+def normal(seed, shapes):
+    generator = seeded(seed)
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+
+
 def made(dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in SHAPES]
+    numbers = normal(seed, SHAPES)
+    params = [torch.nn.Parameter(values.to(DEVICE, dtype)) for values in numbers]
     params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
     return params
 
 
 def give(params, seed, missing=(), bad=False):
-    generator = torch.Generator().manual_seed(seed)
-    for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
-        param.grad = None if i in missing else grad
+    numbers = normal(seed, [param.shape for param in params])
+    for i, (param, values) in enumerate(zip(params, numbers, strict=True)):
+        param.grad = None if i in missing else values.to(param.device, param.dtype)
     if bad:
         params[0].grad[0, 0] = torch.nan
 
