@@ -3,10 +3,10 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --case "ResNet-50" --quick
 
-Times are medians between CUDA events. "Full" is global-norm clipping, decoupled decay and a moving average: in ours by
-its arguments, around PyTorch's by clip_grad_norm_ and foreach averages. Bytes are those that the step has to move,
-each once; the share is of the bandwidth that copying a tensor of 2 GiB reaches. Without a GPU it says so and exits
-with 2.
+Times are medians between CUDA events; "host" is how long a call keeps the host. "Full" is global-norm clipping,
+decoupled decay and a moving average: in ours by its arguments, around PyTorch's by clip_grad_norm_ and foreach
+averages. Bytes are those that the step has to move, each once; the share is of the bandwidth that copying a tensor of
+2 GiB reaches. Without a GPU it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import gc
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from statistics import median
@@ -125,6 +126,18 @@ def seconds(work: Work, repeats: int, calls: int, flush: torch.Tensor | None) ->
     return median(found)
 
 
+def host_seconds(work: Work, repeats: int) -> float:
+    """Median seconds until a call returns, whatever the GPU still has to do."""
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return median(found)
+
+
 def launches(work: Work) -> str:
     """How many kernels a call launches, if the profiler can tell."""
     with suppress(RuntimeError):
@@ -208,9 +221,10 @@ def rows(case: str, dtype: str, kind: str, args: argparse.Namespace, peak: float
                 work = in_graph(work)
             flush = None if small else torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
             taken = seconds(work, args.repeats, 20 if small else 1, flush)
+            on_host = host_seconds(work, args.repeats)
             count_launched = launches(work)
         except torch.OutOfMemoryError:
-            yield [case, dtype, kind, name, "no memory", "", "", "", "", ""]
+            yield [case, dtype, kind, name, "no memory", "", "", "", "", "", ""]
             continue
         finally:
             work = None
@@ -223,6 +237,7 @@ def rows(case: str, dtype: str, kind: str, args: argparse.Namespace, peak: float
             f"{speed / 1e9:.0f}",
             f"{speed / peak:.2f}",
             count_launched,
+            duration(on_host),
             f"{taken / first:.2f}",
         ]
         yield [case, dtype, kind, name, duration(taken), *cells]
@@ -250,7 +265,7 @@ def main() -> int:
     peak = bandwidth(args.repeats)
     print(f"a copy moves {peak / 1e9:.0f} GB/s")
     columns = [("case", -20), ("dtype", -11), ("kind", -5), ("who", -16), ("step", 9), ("GB", 7), ("GB/s", 6)]
-    table = Table([*columns, ("share", 5), ("launches", 8), ("x ours", 6)])
+    table = Table([*columns, ("share", 5), ("launches", 8), ("host", 9), ("x ours", 6)])
     for case in args.case:
         for dtype in args.dtype:
             for kind in args.kind:
