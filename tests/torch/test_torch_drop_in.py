@@ -227,6 +227,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # by SequentialLR itself, in PyTorch 2.6
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name):
     results = []
