@@ -47,7 +47,7 @@ def train(optimizer, params, steps, gradients=None):
 
 
 def apart(params, others):
-    """The largest distance, in units of the last place of 1 or of the larger number."""
+    """The largest distance, in units of the last place of 1 or of the larger number; infinity for a NaN."""
     largest = 0.0
     for param, other in zip(params, others, strict=True):
         one, two = (np.atleast_1d(t.detach().cpu().resolve_conj().numpy()) for t in (param, other))
@@ -55,7 +55,9 @@ def apart(params, others):
         assert one.shape == two.shape
         if one.size:
             unit = np.finfo(one.dtype).eps * np.maximum(np.abs(two), 1.0)
-            largest = max(largest, float((np.abs(one - two) / unit).max()))
+            with np.errstate(invalid="ignore"):
+                distances = np.where(one == two, 0.0, np.abs(one - two) / unit)
+            largest = max(largest, float(np.where(np.isnan(distances), np.inf, distances).max()))
     return largest
 
 
