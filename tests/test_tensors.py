@@ -11,20 +11,33 @@ from nadam.kernels.spans import GRAD, PARAM  # noqa: E402
 SHAPES = [(3, 4), (1,), (), (0, 2), (6,)]
 
 
-@pytest.fixture(params=["asked in one call", "asked one by one"])
+class Watched:
+    """A plan of a few parameters, and what tells whether it fits."""
+
+    def __init__(self, params, grads):
+        moments = [[torch.zeros(p.shape) for _ in range(2)] for p in params]
+        self.slots = [
+            tensors.Slot(str(i), p, *own, None, None, None, decays=True, averaged=True)
+            for i, (p, own) in enumerate(zip(params, moments, strict=True))
+        ]
+        made = tensors.TensorPlan(self.slots, grads, range(len(params)))
+        named = [(slot.name, grad) for slot, grad in zip(self.slots, grads, strict=True)]
+        self.watch = tensors.watch([made], tensors.check_apart(tensors.named(self.slots), named))
+        self.plan, self.fits = made.plan, self.watch.fits
+
+
+@pytest.fixture(params=["natively", "by methods"])
 def make(request, monkeypatch):
-    """A plan of a few parameters: by PyTorch's function for C, and without it."""
-    if request.param == "asked one by one":
-        monkeypatch.setattr(tensors, "exchange_function", lambda: 0)
-    elif not tensors.exchange_function():
-        pytest.skip("this PyTorch has no function for that")
+    """Looked at natively, and where it is not known how PyTorch keeps its tensors."""
+    if request.param == "by methods":
+        monkeypatch.setattr(tensors, "tensor_words", lambda: None)
+    else:
+        assert tensors.tensor_words()
 
     def make(params, grads):
-        slots = [
-            tensors.Slot(str(i), p, *(torch.zeros(p.shape) for _ in range(2)), None, None, decays=True, averaged=True)
-            for i, p in enumerate(params)
-        ]
-        return tensors.TensorPlan(slots, grads, range(len(params)))
+        made = Watched(params, grads)
+        assert type(made.watch).__name__ == ("Methods" if request.param == "by methods" else "Pointers")
+        return made
 
     return make
 
@@ -82,6 +95,53 @@ def test_a_gradient_that_lies_otherwise_does_not_fit(make, other):
     assert not plan.fits([OTHERS[other](grads[0]), *grads[1:]])
     assert not plan.fits(grads[:-1])
     assert plan.fits(grads)
+
+
+EXCHANGES = {
+    "share_memory_": torch.Tensor.share_memory_,
+    "data": lambda t: setattr(t, "data", t.data.clone()),
+    "dtype": lambda t: setattr(t, "data", t.data.double()),
+    "set_": lambda t: t.set_(t.clone()),
+    "swap_tensors": lambda t: torch.utils.swap_tensors(t, t.clone()),
+    "resize_": lambda t: t.resize_(2, 2),
+    "transposed": lambda t: t.t_(),
+    "another place of the same memory": lambda t: t.set_(t.untyped_storage(), 1, (3, 3), (3, 1)),
+    "negated": lambda t: setattr(t, "data", torch._neg_view(t.data)),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("field", ["param", "exp_avg", "exp_avg_sq"])
+def test_what_stays_is_looked_at(make, field, exchange):
+    plan, grads = make(drawn(), drawn()), drawn()
+    assert plan.fits(grads)
+    tensor = getattr(plan.slots[0], field)
+    kept = tensor.data  # so that its memory is not given out again
+    EXCHANGES[exchange](tensor)
+    assert not plan.fits(grads)
+    del kept
+
+
+def test_gradients_of_many_dimensions(make):
+    shape = (2, 1, 3, 1, 2, 2, 2)
+    plan = make([torch.zeros(shape)], [torch.zeros(shape)])
+    assert plan.fits([torch.ones(shape)])
+    assert not plan.fits([torch.ones(shape).transpose(0, 2).contiguous().transpose(0, 2)])
+
+
+def test_parameters_may_be_interleaved(make):
+    whole, grads = torch.zeros(4, 4), torch.zeros(4, 4)
+    halves, slopes = ([t[:, :2], t[:, 2:]] for t in (whole, grads))
+    assert make(halves, slopes).fits(slopes)
+    with pytest.raises(ValueError, match="0 and 1: the variables share memory"):
+        make([whole[:, :3], whole[:, 1:]], [torch.zeros(4, 3), torch.zeros(4, 3)])
+    with pytest.raises(ValueError, match=r"'1'.*shares memory"):
+        make(halves, [slopes[0], whole[:, 2:]])
+
+
+def test_contiguous_views_that_stand_for_their_negatives(make):
+    plan = make(drawn(), drawn())
+    assert not plan.fits([torch._neg_view(drawn()[0]), *drawn()[1:]])
 
 
 def test_a_view_that_stands_for_its_negative_does_not_fit(make):

@@ -11,6 +11,15 @@ import pytest
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="of the torch backend")
+def test_memory_that_is_exchanged_between_steps():
+    file = Path(__file__).parent / "exchanged_run.py"
+    environment = {**os.environ, "MALLOC_PERTURB_": "165"}
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "exchanged 12\n"
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="of the torch backend")
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 def test_on_a_gpu():
     file = Path(__file__).parent / "triton_keras.py"

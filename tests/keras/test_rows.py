@@ -155,6 +155,23 @@ def test_row_9_a_missing_gradient_counts_as_zero_in_its_window(route):
     assert [same_bits(a, b) for a, b in zip(history[8], history[11], strict=True)] == [True, False]
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="compiled programs know of a gradient by its accumulator alone")
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+def test_a_gradient_of_zeros_counts_as_seen():
+    params, _ = draw(1)
+    settings = {"learning_rate": 0.0625, "weight_decay": 0.25, "gradient_accumulation_steps": 2}
+    _, variables, _, step = beside("apply", settings, params)
+    before = numpy(variables)
+    one = np.ones_like(params[1])
+    step([np.zeros_like(params[0]), one])
+    step([None, one])  # the decay of 1/64 all the same
+    np.testing.assert_allclose(numpy(variables)[0], before[0] * (1 - 0.25 * 0.0625), rtol=1e-6)
+    before = numpy(variables)
+    step([None, one])
+    step([None, one])
+    assert same_bits(numpy(variables)[0], before[0])
+
+
 @two_routes
 def test_row_10_a_nan_does_not_stay_in_the_accumulator(route):
     params, all_grads = draw(4)

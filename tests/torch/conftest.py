@@ -8,7 +8,7 @@ import pytest
 
 # Programs for torchrun, and what test_triton.py runs in processes of their own.
 PROGRAMS = ("interpreted", "host", "compiled", "launched", "cuda")
-collect_ignore = ["sharded_run.py", *(f"triton_{name}.py" for name in PROGRAMS)]
+collect_ignore = ["sharded_run.py", "edits_run.py", *(f"triton_{name}.py" for name in PROGRAMS)]
 collect_ignore_glob = [] if find_spec("torch") else ["*.py"]
 
 

@@ -1,5 +1,6 @@
 """Clipping, averages, accumulation, skipping, precision: what torch.optim.NAdam has not, against recipes around it."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_a_gradient_that_is_missing_at_the_end_of_a_window_counts_as_zero(way, s
     reference.step([np.ones(2), np.full(2, 1 / steps)])
     np.testing.assert_allclose(one.detach().cpu(), reference.p[0], rtol=1e-6)
     np.testing.assert_allclose(other.detach().cpu(), reference.p[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_gradient_of_zeros_counts_as_seen(way, resumed):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    settings = {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True, "gradient_accumulation_steps": 2}
+    optimizer = NAdam(params, **settings)
+    params[0].grad, params[1].grad = torch.ones(2), torch.zeros(2)
+    optimizer.step()
+    if resumed:
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = NAdam(params, **settings)
+        optimizer.load_state_dict(saved)
+    params[1].grad = None
+    optimizer.step()
+    assert torch.equal(params[1].cpu(), torch.full((2,), 0.95))  # it decays, as with a gradient of zeros in each call
+    assert torch.equal(params[2].cpu(), torch.ones(2))
+    assert float(optimizer.state[params[1]]["step"]) == 1.0
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(params[1].cpu(), torch.full((2,), 0.95))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])

@@ -44,6 +44,7 @@ class Runtime:
         self.busy = False
         self.report: StepReport | None = None  # of the last eager step
         self.reported_at = (0, 0)  # calls and skipped ones after it
+        self.window: tuple[int, set[int]] = (0, set())  # calls so far, and which had a gradient since the last update
         self._forget()
 
     @contextmanager
@@ -70,6 +71,20 @@ class Runtime:
             report: Of this call; numbers or 0-d arrays.
         """
         self.report, self.reported_at = report, (calls, report.skipped_steps)
+
+    def seen(self, calls: int) -> set[int]:
+        """Which variables had a gradient since the last update, where that is known of so many calls."""
+        return self.window[1] if self.window[0] == calls else set()
+
+    def note_seen(self, calls: int, members: Sequence[int], updated: bool) -> None:
+        """After a call: these variables had a gradient in it.
+
+        Args:
+            calls: Before this one.
+            members: Which.
+            updated: Whether it was an update, after which a new window begins.
+        """
+        self.window = calls + 1, set() if updated else self.seen(calls) | set(members)
 
     def _forget(self) -> None:
         self.lock = RLock()
@@ -147,6 +162,11 @@ class Backend:
         steps = h.gradient_accumulation_steps or 1
         updates, updating = calls // steps, (calls + 1) % steps == 0
         indices, grads = with_absent(h, slots, members, grads)
+        seen = optimizer._runtime.seen(calls) if updating else set()
+        grads = [
+            xp.zeros_like(slots[i].variable) if g is None and i in seen else g
+            for i, g in zip(indices, grads, strict=True)
+        ]
         grads = [
             None if g is None else checked_gradient(slots[i].variable, g) for i, g in zip(indices, grads, strict=True)
         ]
@@ -176,6 +196,8 @@ class Backend:
             for (slot, _, _), value in zip(present, sums, strict=True):
                 slot.accumulator.assign(value)
         optimizer._iterations.assign_add(1)
+        if steps > 1:
+            optimizer._runtime.note_seen(calls, members, updating)
         if h.skip_nonfinite:
             optimizer._report.assign([norm or 0.0, factor or 0.0, skipped])
         optimizer._runtime.note(calls + 1, StepReport(updates + updating, float(now.lr), norm, factor, skipped))

@@ -38,10 +38,17 @@ class Call:
                     variable._value.data = variable._value.data.contiguous()
             state = [None if v is None else v._value for v in slot[:5]]
             averaged = slot.variable.constraint is None
-            rows.append(tensors.Slot._make([slot.variable.path, *state, slot.decays, averaged, None]))
+            rows.append(tensors.Slot._make([slot.variable.path, *state, None, slot.decays, averaged]))
         self.values = [row.param for row in rows]
-        self.plan = tensors.TensorPlan(rows, grads, members)
+        made = tensors.TensorPlan(rows, grads, members)
+        named = [(row.name, grad) for row, grad in zip(rows, grads, strict=True)]
+        self._watch = tensors.watch([made], tensors.check_apart(tensors.named(rows), named))
+        self.plan, made.grads = made.plan, ()
         self.kept: Any = None  # gradients that are copies of the caller's
+
+    def fits(self, grads: Sequence[Any]) -> bool:
+        """Whether all lies as it did; if so, the addresses of these gradients are in the tables."""
+        return self._watch.fits(grads if type(grads) is list else list(grads))
 
 
 class TorchBackend(Backend):
@@ -100,15 +107,17 @@ class TorchBackend(Backend):
         clock.now[CALLS], clock.now[MOMENTUM_PRODUCT], clock.now[SKIPPED] = count, product, self._skipped(optimizer)
         steps = h.gradient_accumulation_steps
         if steps is not None and (count + 1) % steps == 0 and len(members) < len(runtime.slots):
-            members, grads = _with_owed(runtime.slots, members, grads)
+            members, grads = _with_owed(runtime.slots, runtime.seen(count), members, grads)
         call = _call_for(optimizer, members, grads)
         runtime.unsettled = True
         try:
-            report = step([Part(h, now, clock, call.plan.plan)], loss_scale=h.loss_scale_factor or 1.0)
+            report = step([Part(h, now, clock, call.plan)], loss_scale=h.loss_scale_factor or 1.0)
         finally:
             self.settle(optimizer)
             increment_version(call.values)
         updated = not report.skipped and (steps is None or (count + 1) % steps == 0)
+        if steps is not None and not report.skipped:
+            runtime.note_seen(count, members, updated)
         if updated:
             _constrain(optimizer, call, report)
         if h.skip_nonfinite:
@@ -120,7 +129,7 @@ def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]
     plans = optimizer._runtime.plans
     key = len(members) if isinstance(members, range) else tuple(members)
     known: Call | None = plans.get(key)
-    if known is not None and known.plan.fits(grads):
+    if known is not None and known.fits(grads):
         return known
     slots = optimizer._runtime.slots
     kept = [_checked(slots[i].variable, grad) for i, grad in zip(members, grads, strict=True)]
@@ -150,12 +159,15 @@ def _copied(given: Any) -> Any:
     return given.copy() if isinstance(given, np.ndarray) else given
 
 
-def _with_owed(slots: Any, members: Sequence[int], grads: list[Any]) -> tuple[list[int], list[Any]]:
-    """With those variables that had a gradient earlier in this window: it counts as zero now."""
+def _with_owed(slots: Any, seen: set[int], members: Sequence[int], grads: list[Any]) -> tuple[list[int], list[Any]]:
+    """With those variables that had a gradient earlier in this window: it counts as zero now.
+
+    Which those are is known, but not after a file was loaded: then one that is not zero tells.
+    """
     members, grads = list(members), list(grads)
     for i in sorted(set(range(len(slots))) - set(members)):
         accumulator = slots[i].accumulator
-        if slots[i].exp_avg is not None and bool(accumulator._value.any()):
+        if slots[i].exp_avg is not None and (i in seen or bool(accumulator._value.any())):
             members.append(i)
             grads.append(accumulator._value.new_zeros(()).expand(accumulator._value.shape))
     return members, grads

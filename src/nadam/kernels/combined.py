@@ -53,6 +53,7 @@ class Combined:
         self._update_kernel = native.kernel("scalars", "update", table.compute)
         self._pass, self._arguments = self._update_kernel, 0
         self._known: tuple[Any, ...] = (None, None, None)
+        self._has_empty = 0 in table.sizes
 
     def norms(self, unscale: float) -> list[float] | None:
         """The norm of each tensor's gradient; None where a square has overflowed, and they are to be measured again."""
@@ -75,6 +76,8 @@ class Combined:
         self._update_kernel(self._addresses[1], threads.SLICE)
         while table.shared[TICKET] < len(table.chunks):
             self._pass(self._arguments, threads.SLICE)
+        if self._has_empty:  # no chunk of theirs has written their counters
+            clock.commit()
 
     def forget(self) -> None:
         """Lay everything out anew: the table's passes have run otherwise meanwhile."""

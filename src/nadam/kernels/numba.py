@@ -42,11 +42,13 @@ from nadam.kernels.spans import (
     EXTRA,
     GRAD,
     GRAD_LAYOUT,
+    MEMBER,
     NUM_CHUNKS,
     PARAM,
     PARAM_LAYOUT,
     REMAINDER,
     ROWS,
+    SHOWN,
     SPLIT,
     START,
     STOP,
@@ -81,7 +83,8 @@ def shared(body: Callable[..., Any]) -> Any:
     """The kernel around a body that does part of a chunk: draws chunks until none is left, or ``budget`` of them.
 
     The thread that draws the first chunk writes ``advanced`` over ``clock``: whatever interrupts the step afterwards,
-    the counters tell that something moved. A chunk is done at once where its tensors are dense, else in pieces.
+    the counters tell that something moved; and the first chunk of a tensor writes that tensor's own. A chunk is done at
+    once where its tensors are dense, else in pieces.
     """
 
     @njit(error_model="numpy", _nrt=False)
@@ -92,12 +95,16 @@ def shared(body: Callable[..., Any]) -> Any:
             ticket = fetch_add(b[CONTROL] + 8 * TICKET)
             if ticket >= b[NUM_CHUNKS] or control[STOP]:
                 return
+            clock, advanced = doubles(b[CLOCK]), doubles(b[ADVANCED])
+            own, shown = b[CLOCK_SIZE] - 3 * b[SHOWN], b[SHOWN]
             if ticket == 0:
-                clock, advanced = doubles(b[CLOCK]), doubles(b[ADVANCED])
-                for k in range(b[CLOCK_SIZE]):
+                for k in range(own):
                     clock[k] = advanced[k]
             chunk = integers(b[CHUNKS] + 8 * CHUNK_COLUMNS * ticket)
             row = integers(b[ROWS] + 8 * COLUMNS * chunk[TENSOR])
+            if shown > 0 and chunk[START] == 0:
+                for k in range(own + row[MEMBER], b[CLOCK_SIZE], shown):
+                    clock[k] = advanced[k]
             param_layout, grad_layout = integers(row[PARAM_LAYOUT]), integers(row[GRAD_LAYOUT])
             dense = param_layout[0] < 0 and grad_layout[0] < 0
             budget -= 1 if dense else COST_OF_STRIDED

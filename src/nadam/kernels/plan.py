@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.average import Averaging
+from nadam.core.clock import Commit
 from nadam.core.coefficients import Coefficients
 from nadam.core.gradient import Check
 from nadam.kernels import native
 from nadam.kernels.combined import Combined
-from nadam.kernels.table import Commit, Table
+from nadam.kernels.table import Table
 
 if TYPE_CHECKING:
     from nadam.core.step import Part

@@ -37,6 +37,15 @@ class Memory(NamedTuple):
     rounded: bool = False  # whether the first moment is bfloat16
 
 
+def cells(made: Sequence[Group], column: int) -> list[int]:
+    """Where the tables keep an address of each tensor, in the order of the call."""
+    found: dict[int, int] = {}
+    for group in made:
+        first = address(group.table.rows) + 8 * column
+        found.update((int(i), first + 8 * spans.COLUMNS * row) for row, i in enumerate(group.members))
+    return [found[i] for i in range(len(found))]
+
+
 def groups(
     tensors: Sequence[Memory], keep: Any = None, default_threads: Callable[[], int] | None = None
 ) -> list[Group]:
@@ -64,6 +73,7 @@ def groups(
             row[spans.REMAINDER] = 0 if tensor.remainder is None else address(tensor.remainder)
             row[spans.ACCUMULATOR] = 0 if tensor.accumulator is None else address(tensor.accumulator)
             row[spans.PARAM_LAYOUT], row[spans.GRAD_LAYOUT] = address(layouts[-2]), address(layouts[-1])
+            row[spans.MEMBER] = i
             sizes.append(tensor.param.size * (2 if tensor.param.dtype.kind == "c" else 1))
         table = Table(param_format, grad_format, Tensors(rows, sizes, (keep, layouts)), default_threads, rounded)
         decays = np.array([float(tensors[i].decays) for i in members])

@@ -17,16 +17,17 @@ SPLIT = "bfloat16+16"  # float32 in two halves: a bfloat16 parameter, and the re
 COMPUTE_DTYPE[SPLIT] = "float32"
 
 # A row per tensor: addresses of its memory, and of the layouts of parameter and gradient (dimensions, or -1 for dense;
-# sizes; strides in bytes).
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, REMAINDER, PARAM_LAYOUT, GRAD_LAYOUT = range(9)
-COLUMNS = 9
+# sizes; strides in bytes); then which of the call's tensors it is.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, REMAINDER, PARAM_LAYOUT, GRAD_LAYOUT, MEMBER = range(10)
+COLUMNS = 10
 # A row per chunk: which tensor, first element, number of elements.
 TENSOR, START, COUNT = range(3)
 CHUNK_COLUMNS = 3
 # What the threads of one pass share: the next chunk to draw, and whether to stop.
 TICKET, STOP = range(2)
-# The block of a kernel's arguments: addresses and counts; from EXTRA on, what the one kernel takes besides.
-CONTROL, NUM_CHUNKS, ROWS, CHUNKS, CLOCK, ADVANCED, CLOCK_SIZE, EXTRA = range(8)
+# The block of a kernel's arguments: addresses and counts; from EXTRA on, what the one kernel takes besides. SHOWN is
+# how many parameters have counters of their own: the last three times as many words of the clock.
+CONTROL, NUM_CHUNKS, ROWS, CHUNKS, CLOCK, ADVANCED, CLOCK_SIZE, SHOWN, EXTRA = range(9)
 
 
 def spans(sizes: Sequence[int], chunk: int = CHUNK) -> NDArray[np.int64]:

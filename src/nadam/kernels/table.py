@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.average import Averaging
+from nadam.core.clock import Commit
 from nadam.core.coefficients import Coefficients
 from nadam.kernels import native, spans
 from nadam.kernels.threads import get_num_threads, share_out
 
 # Below this many elements the calling thread is done before a helper has woken up.
 WORTH_SHARING = 1 << 20
-
-Commit = tuple[NDArray[np.float64], NDArray[np.float64]]  # (clock, what it becomes when the first chunk moves)
 
 
 class Tensors(NamedTuple):
@@ -75,7 +74,7 @@ class Table:
         self._multipliers: Any = None
 
     def _block(self, *extra: NDArray[Any] | None) -> tuple[NDArray[np.int64], int]:
-        common = [address(self._control), len(self.chunks), address(self.rows), address(self.chunks), 0, 0, 0]
+        common = [address(self._control), len(self.chunks), address(self.rows), address(self.chunks), 0, 0, 0, 0]
         block = np.array([*common, *(0 if array is None else address(array) for array in extra)], np.int64)
         return block, address(block)
 
@@ -86,8 +85,9 @@ class Table:
             kernel = self._kernels[name, variant] = native.kernel("numba", name, *self._formats[name], *variant)
         block, address_of_block = self._blocks[name]
         if commit is not None and commit is not self._commits.get(name):
-            clock, advanced = self._commits[name] = commit
-            block[spans.CLOCK : spans.EXTRA] = address(clock), address(advanced), len(clock)
+            self._commits[name] = commit
+            now, advanced, shown = commit
+            block[spans.CLOCK : spans.EXTRA] = address(now), address(advanced), len(now), shown
         return kernel, address_of_block
 
     def _run(self, name: str, commit: Commit | None, *variant: Any) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
-from itertools import pairwise
-from operator import attrgetter
+from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nadam.kernels import native
-from nadam.kernels.layouts import Headers, bounds, expectation, lists_readable, overlaps_itself
-from nadam.kernels.plan import Group, Plan
-from nadam.kernels.rows import LARGE, SHIFT, Memory, groups
-from nadam.kernels.spans import GRAD, PARAM, SPLIT
+from nadam.kernels.layouts import overlapping, overlaps_itself
+from nadam.kernels.plan import Plan
+from nadam.kernels.pointers import Held, Look, Pointers, tensor_wanted, tensor_words
+from nadam.kernels.rows import LARGE, SHIFT, Memory, cells, groups
+from nadam.kernels.spans import GRAD, SPLIT
+
+Array = NDArray[Any]
 
 FORMATS = {
     torch.float16: "float16",
@@ -25,21 +25,7 @@ FORMATS = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
-# DLPack's codes: kind of number, bits, lanes.
-_DL_DTYPES = {
-    torch.float16: 2 | 16 << 8 | 1 << 16,
-    torch.bfloat16: 4 | 16 << 8 | 1 << 16,
-    torch.float32: 2 | 32 << 8 | 1 << 16,
-    torch.float64: 2 | 64 << 8 | 1 << 16,
-}
-# The version of its table of functions, and the word there that points to the one that describes a tensor.
-DLPACK_VERSION, DESCRIBE = 1, 5
-# What tables depend on besides strides and addresses.
-_kind = attrgetter("dtype", "is_cpu", "shape")
-
-
-# The types that a gradient may have.
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ALL_FORMATS = {**FORMATS, torch.complex64: "float32", torch.complex128: "float64"}  # of pairs of reals
 
 
 class Slot(NamedTuple):
@@ -51,9 +37,9 @@ class Slot(NamedTuple):
     exp_avg_sq: torch.Tensor
     ema: torch.Tensor | None
     accumulator: torch.Tensor | None
+    remainder: torch.Tensor | None  # int16: with the bfloat16 parameter the two halves of a float32
     decays: bool
     averaged: bool  # by the pass, or by the host after it
-    remainder: torch.Tensor | None = None  # int16: with the bfloat16 parameter the two halves of a float32
 
 
 def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
@@ -68,168 +54,179 @@ def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
 
 
 class TensorPlan:
-    """The plan for a call's gradients, and what tells whether it fits others.
+    """The plan for a call's gradients.
 
     Args:
         slots: The parameters that have a gradient, with their state.
-        grads: Their gradients: tensors on the CPU in one of the FORMATS.
+        grads: Their gradients: tensors on the CPU in one of the FORMATS, not negated or conjugated views.
         members: Which of the optimizer's parameters they are.
         seed: As of `Plan`.
 
+    Attributes:
+        plan: It.
+        slots: The slots.
+        grads: The gradients.
+
     Raises:
-        ValueError: A gradient of another shape, or memory that overlaps.
+        ValueError: A gradient of another shape, or a parameter whose elements share memory.
     """
 
     def __init__(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], members: Any, seed: int = 0) -> None:
-        self._names = [slot.name for slot in slots]
-        tensors, written = [], []
+        tensors = []
         for slot, grad in zip(slots, grads, strict=True):
             if grad.shape != slot.param.shape:
                 shapes = f"shape {tuple(grad.shape)}, expected that of its variable, {tuple(slot.param.shape)}"
                 raise ValueError(f"grads[{slot.name!r}]: {shapes}")
-            param = _array(slot.param)
+            param = footprint(real(slot.param))
+            *state, rest = (None if tensor is None else footprint(real(tensor)) for tensor in slot[2:7])
             if overlaps_itself(param):
                 raise ValueError(f"{slot.name}: elements of the variable share memory, as in one that was expanded")
-            state = [None if tensor is None else _array(tensor) for tensor in slot[2:6]]
-            rest = None if slot.remainder is None else _array(slot.remainder)
-            formats = FORMATS[slot.param.dtype] if rest is None else SPLIT, FORMATS[grad.dtype]
+            formats = _ALL_FORMATS[slot.param.dtype] if rest is None else SPLIT, _ALL_FORMATS[grad.dtype]
             rounded = slot.exp_avg.dtype == torch.bfloat16
-            fields = [*formats, param, _array(grad), *state, slot.decays, slot.averaged, rest, rounded]
+            fields = [*formats, param, footprint(real(grad)), *state, slot.decays, slot.averaged, rest, rounded]
             tensors.append(Memory._make(fields))
-            changed = [array for array in (param, *state, rest) if array is not None and array.size]
-            written += [(*bounds(array), slot.name) for array in changed]
-        written.sort()
-        self._lows, self._highs = (np.array([part[end] for part in written], np.int64) for end in (0, 1))
-        for (_, high, first), (low, _, second) in pairwise(written):
-            if high > low:
-                raise ValueError(f"{first} and {second}: the variables share memory")
-        made = groups(tensors, list(slots), torch.get_num_threads)
-        self.plan = Plan(made, np.array(members, np.int64), seed, combines=True)
-        self._params = [slot.param for slot in slots]
-        addresses = _addresses(grads)
-        ends = [bounds(tensor.grad) for tensor in tensors]
-        self._begins, self._ends = (np.array([end[i] for end in ends], np.int64) - addresses for i in (0, 1))
-        self._check_apart(addresses)
-        # A view that stands for its negative has strides of another tensor's, unless it has none to speak of.
-        self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
-        self._fits = self._alike_by_headers(made, tensors, grads) or self._alike(grads)
+        self.slots, self.grads = slots, grads
+        self._groups = groups(tensors, list(slots), torch.get_num_threads)
+        self.plan = Plan(self._groups, np.array(members, np.int64), seed, combines=True)
 
-    def fits(self, grads: Sequence[torch.Tensor]) -> bool:
-        """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
-        if len(grads) != len(self._names):
-            return False
-        try:
-            if not self._fits(grads if type(grads) is list else list(grads)):
-                return False
-            return not (self._perhaps_negative and any(grads[i].is_neg() for i in self._perhaps_negative))
-        except RuntimeError:  # a sparse tensor has no address
-            return False
-
-    def _alike_by_headers(
-        self, made: Sequence[Group], tensors: Sequence[Memory], grads: Sequence[torch.Tensor]
-    ) -> Callable[[list[torch.Tensor]], bool] | None:
-        """The check by the kernel that asks PyTorch for all gradients at once; None where it finds not even these."""
-        given = list(grads)
-        written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
-        checks = []
-        for group in made:
-            params = [self._params[i] for i in group.members]
-            expected = [_expected(tensors[i].param, self._params[i]) for i in group.members]
-            expected += [_expected(tensors[i].grad, grads[i]) for i in group.members]
-            group.table.rows[:, PARAM] = _addresses(params)  # 0 for one without elements
-            headers = tensor_headers(params, expected, group.table.rows, written, group.members)
-            if headers is None or not headers.refresh_from(given):
-                return None
-            checks.append(headers.refresh_from)
-        if len(checks) == 1:
-            return checks[0]
-        return lambda grads: all(refresh(grads) for refresh in checks)
-
-    def _alike(self, grads: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], bool]:
-        """The check where PyTorch has no function for that, as before 2.9: by its methods, one by one."""
-        kinds, strides = list(map(_kind, grads)), list(map(torch.Tensor.stride, grads))
-        params = _addresses(self._params)
-        widths = np.array([grad.itemsize for grad in grads], np.int64)
-        aligned = not (_addresses(grads) % widths).any()
-
-        def alike(grads: list[torch.Tensor]) -> bool:
-            if not set(map(type, grads)) <= set(PLAIN):
-                return False
-            if list(map(_kind, grads)) != kinds or list(map(torch.Tensor.stride, grads)) != strides:
-                return False
-            addresses = _addresses(grads)
-            if (_addresses(self._params) != params).any() or (addresses % widths).any() == aligned:
-                return False
-            self._check_apart(addresses)
-            for group in self.plan.groups:
-                group.table.rows[:, GRAD] = addresses[group.members]
-            return True
-
-        return alike
-
-    def _check_apart(self, addresses: NDArray[np.int64]) -> None:
-        if not self._lows.size:
-            return
-        last = np.searchsorted(self._lows, addresses + self._ends) - 1
-        shared = (last >= 0) & (self._highs[last] > addresses + self._begins) & (self._ends > self._begins)
-        if shared.any():
-            name = self._names[int(np.flatnonzero(shared)[0])]
-            raise ValueError(f"grads[{name!r}]: it shares memory with a variable or the optimizer's state")
+    def gradient_cells(self) -> list[int]:
+        """Where the tables keep the addresses of the gradients."""
+        return cells(self._groups, GRAD)
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
-    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+Named = Sequence[tuple[str, torch.Tensor]]
 
 
-@cache
-def exchange_function() -> int:
-    """The address of the function by which PyTorch describes a tensor to C: DLPack's, borrowed and not synchronizing.
+def check_apart(written: Named, grads: Named) -> list[Array]:
+    """That no tensor that a step writes to shares memory with another, and no gradient with one of them.
 
-    0 where this version of PyTorch or this machine has none.
+    Args:
+        written: Parameters and their state, by the parameters' names.
+        grads: Gradients, likewise.
+
+    Returns:
+        Arrays that lie where the written ones do.
+
+    Raises:
+        ValueError: Two that do share memory.
     """
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None or ctypes.sizeof(ctypes.c_void_p) != 8:
-        return 0
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    try:
-        table = get_pointer(capsule, b"dlpack_exchange_api")
-    except ValueError:  # another name, so another table
-        return 0
-    version = (ctypes.c_uint32 * 2).from_address(table)
-    if version[0] != DLPACK_VERSION:
-        return 0
-    return int((ctypes.c_int64 * (DESCRIBE + 1)).from_address(table)[DESCRIBE])
+    arrays = [footprint(tensor) for _, tensor in written]
+    found = overlapping(arrays, [footprint(grad) for _, grad in grads])
+    if found is not None:
+        first, second = found[0], found[1] - len(arrays)
+        if second >= 0:
+            raise ValueError(f"grads[{grads[second][0]!r}]: it shares memory with a variable or the optimizer's state")
+        raise ValueError(f"{written[first][0]} and {written[found[1]][0]}: the variables share memory")
+    return arrays
 
 
-def tensor_headers(
-    params: Sequence[torch.Tensor],
-    expected: Sequence[NDArray[np.int64]],
-    rows: NDArray[np.int64],
-    written: Sequence[tuple[int, int]],
-    members: NDArray[np.int64],
-) -> Headers | None:
-    """The quick check of `Headers` by the kernel that asks PyTorch for all tensors at once; None where it cannot."""
-    function = exchange_function()
-    if not function or not lists_readable():
-        return None
-    kernel = native.kernel_holding_gil("headers", "refresh", "torch_tensor")
-    return Headers(kernel, params, expected, rows, written, function, PLAIN, members)
+def named(slots: Sequence[Slot]) -> Named:
+    """The tensors of some slots, as `check_apart` takes them."""
+    return [(slot.name, tensor) for slot in slots for tensor in slot[1:7] if tensor is not None]
 
 
-def kind_and_device(tensor: torch.Tensor) -> tuple[int, int]:
-    """The words of DLPack's that a kernel finds of a tensor."""
-    device, index = tensor.__dlpack_device__()
-    return tensor.dim() | _DL_DTYPES[tensor.dtype] << 32, int(device) | index << 32
+def watch(
+    plans: Sequence[TensorPlan],
+    arrays: Sequence[Array],
+    fixed: Sequence[torch.Tensor] = (),
+    held: Held | None = None,
+) -> Pointers | Methods:
+    """What tells at later steps whether plans still fit.
+
+    Args:
+        plans: Those of one step.
+        arrays: What `check_apart` gives of it.
+        fixed: Tensors besides theirs that stay as they are.
+        held: As of `Pointers`.
+    """
+    tensors = [tensor for plan in plans for _, tensor in named(plan.slots)]
+    grads = [each for plan in plans for each in zip(plan.grads, plan.gradient_cells(), strict=True)]
+    return watching([*tensors, *fixed], grads, arrays, held)
 
 
-def _expected(array: NDArray[Any], tensor: torch.Tensor) -> NDArray[np.int64]:
-    """What the kernel is to find where it finds a tensor that lies like this one."""
-    return expectation(array, *kind_and_device(tensor), tensor.stride())
+def watching(
+    fixed: Sequence[torch.Tensor],
+    grads: Sequence[tuple[torch.Tensor, int]] = (),
+    arrays: Sequence[Array] = (),
+    held: Held | None = None,
+) -> Pointers | Methods:
+    """The same of tensors that stay, and of gradients with where a table keeps their addresses."""
+    known: dict[Any, Any] = {}  # of tensors that lie alike in their storages what is wanted is the same
+    readable = tensor_words() is not None
+
+    def look(tensor: torch.Tensor, where: int) -> Look:
+        key = (type(tensor), *lie(tensor)[1:], tensor.is_inference())
+        if key not in known:
+            known[key] = tensor_wanted(tensor, footprint(tensor)) if readable else None
+        return Look(tensor, known[key], where)
+
+    stay, new = [look(tensor, tensor.data_ptr()) for tensor in fixed], [look(*each) for each in grads]
+    return (Pointers if readable else Methods)("torch_tensor", stay, new, arrays, held)
 
 
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    """A NumPy array over a tensor's memory, of integers for bfloat16, which NumPy has not."""
-    plain = tensor.detach()
-    array: NDArray[Any] = (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
-    return array
+class Methods:
+    """As `Pointers`, where these do not know how PyTorch keeps its tensors: by its methods, one by one."""
+
+    def __init__(
+        self,
+        source: str,
+        fixed: Sequence[Look],
+        grads: Sequence[Look],
+        arrays: Sequence[Array],
+        held: Held | None = None,
+    ) -> None:
+        self._fixed, self._held = [look.array for look in fixed], held or Held()
+        self._lie, self._grads = list(map(lie, self._fixed)), [(type(g), *lie(g)[1:]) for g, *_ in grads]
+        self._cells, self._arrays = [look.where for look in grads], arrays
+        self._members = self._now()
+
+    def _now(self) -> list[Any]:
+        dicts, lists, _ = self._held
+        return [*(d.get(key) for d, keys in dicts for key in keys), *(item for one in lists for item in one)]
+
+    def fits(self, grads: list[Any], position: int = 0) -> bool:
+        """As of `Pointers`."""
+        if [(type(g), *lie(g)[1:]) if isinstance(g, torch.Tensor) else None for g in grads] != self._grads:
+            return False
+        now = self._now()
+        if len(now) != len(self._members) or not all(map(is_, now, self._members)):
+            return False
+        for clock, count, calls in self._held.clocks:
+            steps, products = clock[-2 * count : -count], clock[-count:]
+            if (steps * calls + position != clock[0]).any() or (products != clock[1]).any():
+                return False
+        if list(map(lie, self._fixed)) != self._lie or overlapping(self._arrays, list(map(footprint, grads))):
+            return False
+        for grad, cell in zip(grads, self._cells, strict=True):
+            ctypes.c_int64.from_address(cell).value = grad.data_ptr()
+        return True
+
+
+def lie(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory: where, and all else."""
+    if tensor.layout != torch.strided:
+        return (0,)
+    kind = tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
+    return (tensor.data_ptr(), *kind, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class _Interface:
+    def __init__(self, **words: Any) -> None:
+        self.__array_interface__ = {"version": 3, **words}
+
+
+def footprint(tensor: torch.Tensor) -> Array:
+    """An array that lies where a tensor does, on whatever device: to ask where, not what.
+
+    Not Tensor.numpy, after which PyTorch resizes the tensor's storage no more.
+    """
+    width = tensor.itemsize
+    strides = tuple(stride * width for stride in tensor.stride())
+    return np.asarray(
+        _Interface(shape=tuple(tensor.shape), strides=strides, typestr=f"|V{width}", data=(tensor.data_ptr(), False))
+    )
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as one of reals, with one more dimension; any other as it is."""
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor

@@ -208,15 +208,9 @@ def _checked(variables: Any) -> dict[str, Array]:
 
 
 def _check_distinct(arrays: Sequence[Array], labels: Sequence[object]) -> None:
-    from nadam.kernels.layouts import bounds
+    from nadam.kernels.layouts import overlapping
 
-    order = sorted(range(len(arrays)), key=lambda i: bounds(arrays[i]))
-    open_until: list[tuple[int, int]] = []
-    for i in order:
-        low, high = bounds(arrays[i])
-        open_until = [(end, j) for end, j in open_until if end > low]
-        for _, j in open_until:
-            if np.shares_memory(arrays[i], arrays[j]):
-                first, second = sorted((i, j))
-                raise ValueError(f"variables[{labels[first]!r}] and variables[{labels[second]!r}]: they share memory")
-        open_until.append((high, i))
+    found = overlapping(arrays)
+    if found is not None:
+        first, second = (labels[i] for i in found)
+        raise ValueError(f"variables[{first!r}] and variables[{second!r}]: they share memory")

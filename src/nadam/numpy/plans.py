@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from nadam.kernels.layouts import Headers
+    from nadam.kernels.pointers import Pointers
 
 Array = NDArray[Any]
 
@@ -52,9 +52,11 @@ class ArrayPlan:
     def __init__(
         self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
     ) -> None:
-        from nadam.kernels.layouts import array_headers, headers_readable
         from nadam.kernels.plan import Plan
-        from nadam.kernels.rows import Memory, groups
+        from nadam.kernels.pointers import WRITEABLE, Look, Pointers, array_wanted, arrays_readable
+        from nadam.kernels.rows import Memory, cells, groups
+        from nadam.kernels.spans import GRAD
+        from nadam.kernels.table import address
 
         for entry in entries:
             _check_unchanged(entry)
@@ -68,15 +70,13 @@ class ArrayPlan:
             formats = FORMATS[e.array.dtype.name], FORMATS[grad.dtype.name]
             tensors.append(Memory(*formats, e.array, grad, e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator, e.decays))
         made = groups(tensors, keep=(entries, arrays))
-        self._count = len(entries)
-        self._types = {type(grad) for grad in grads}
         # Only what the kernels use in place can be swapped for another array that lies alike.
-        self.reusable = headers_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
-        self._checks: list[tuple[NDArray[np.int64], Headers]] = []
-        for group in made if self.reusable else []:
-            chosen = [tensors[i] for i in group.members]
-            headers = array_headers([t.param for t in chosen], [t.grad for t in chosen], group.table.rows, owners)
-            self._checks.append((group.members, headers))
+        self.reusable = arrays_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
+        self._pointers: Pointers | None = None
+        if self.reusable:
+            fixed = [Look(e.array, array_wanted(e.array, WRITEABLE), address(e.array)) for e in entries]
+            new = [Look(g, array_wanted(g, 0), cell) for g, cell in zip(arrays, cells(made, GRAD), strict=True)]
+            self._pointers = Pointers("numpy_array", fixed, new, owners)
         self.plan = Plan(made, members)
         # Whoever does the step holds the gradients meanwhile; afterwards they are not ours to keep.
         if self.reusable:
@@ -84,14 +84,9 @@ class ArrayPlan:
 
     def fits(self, grads: Any) -> bool:
         """Whether gradients lie as those that this was made for; if so, their addresses are in the tables now."""
-        if not self._checks or type(grads) not in (list, tuple) or len(grads) != self._count:
+        if self._pointers is None or type(grads) not in (list, tuple):
             return False
-        if not set(map(type, grads)) <= self._types:
-            return False
-        identities = np.fromiter(map(id, grads), np.int64, self._count)
-        if len(self._checks) == 1:
-            return self._checks[0][1].refresh(identities)
-        return all(headers.refresh(identities[which]) for which, headers in self._checks)
+        return self._pointers.fits(grads if type(grads) is list else list(grads))
 
 
 def _check_unchanged(entry: Parameter) -> None:
@@ -131,14 +126,9 @@ def as_gradient(label: object, grad: Any, param: Array) -> Array:
 
 def check_apart(grads: Sequence[Array], owners: Sequence[Array], labels: Sequence[object]) -> None:
     """That no gradient lies in memory that the step writes to."""
-    from nadam.kernels.layouts import bounds
+    from nadam.kernels.layouts import overlapping
 
-    ranges = sorted((*bounds(owner), i) for i, owner in enumerate(owners))
-    lows, highs = [low for low, _, _ in ranges], np.maximum.accumulate([high for _, high, _ in ranges])
-    for label, grad in zip(labels, grads, strict=True):
-        low, high = bounds(grad)
-        last = int(np.searchsorted(lows, high)) - 1
-        while last >= 0 and highs[last] > low:
-            if grad.size and np.shares_memory(grad, owners[ranges[last][2]]):
-                raise ValueError(f"grads[{label!r}]: it shares memory with a parameter or the optimizer's state")
-            last -= 1
+    found = overlapping(owners, grads)
+    if found is not None:
+        label = labels[found[1] - len(owners)]
+        raise ValueError(f"grads[{label!r}]: it shares memory with a parameter or the optimizer's state")

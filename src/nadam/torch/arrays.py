@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.average import Averaging
+from nadam.core.clock import Commit
 from nadam.core.coefficients import Coefficients
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import Part
 from nadam.kernels.arrays import mathematics
 from nadam.kernels.plan import SHRINK, keys
-from nadam.kernels.table import Commit
 
 
 class Lists:

@@ -1,34 +1,35 @@
-"""The parameters of one group in the kernels' tables, kept from step to step for as long as they fit."""
+"""Parameters that have been updated equally often, their state, and the kernels' tables of them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
-from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.clock import Clock
-from nadam.core.hyperparameters import Hyperparameters, Now
-from nadam.core.step import Part
+from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.layouts import overlap
-from nadam.kernels.plan import Plan
 from nadam.kernels.rows import LARGE, SHIFT
-from nadam.kernels.tensors import FORMATS, Slot, TensorPlan
+from nadam.kernels.tensors import FORMATS, Slot, TensorPlan, real
 from nadam.torch.arrays import ArraysPlan, Row
-from nadam.torch.sharding import is_sharded, local, local_gradient
+from nadam.torch.sharding import is_sharded, local
 
 State = dict[str, Any]
+Groups = Sequence[dict[str, Any]]
 # dtype of moments, average and accumulator, by the parameter's.
 STATE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 PLACES = {"exp_avg": 1, "exp_avg_sq": 2, "ema": 3, "grad_accumulator": 4, "remainder": 5}
+# Counters, in the order of `Clock.own`: with accumulation, whether there is a gradient in this window; updates; product
+# of their momenta.
+COUNTERS = ("accumulated", "step", "mu_product")
+_STATE = {*PLACES, *COUNTERS}
 TRAINABLE = {*FORMATS, torch.complex64, torch.complex128}
 _warned: set[str] = set()
-_grad, _exp_avg, _is_there = attrgetter("grad"), itemgetter("exp_avg"), partial(is_not, None)
 
 
 class Keeping(NamedTuple):
@@ -51,134 +52,151 @@ class Cohort:
     """Parameters of a group that have been updated equally often: one clock and one plan.
 
     Args:
+        index: Of their group.
+        names: What messages call the parameters.
         params: Parameters.
-        states: What the optimizer keeps of each; step and momentum product become views of the clock.
+        states: What the optimizer keeps of each; its counters become views of the clock.
         h: Settings of their group.
         position: Calls since the last update, with accumulation.
         keeping: How their state is kept.
+
+    Attributes:
+        clock: Their counters.
+        plan: The passes over them.
+        tensors: The same with its tensors; None where PyTorch's own operations make the step.
+        held: Gradients that the plan points to, until the step is done; they may be copies.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], states: Sequence[State], h: Hyperparameters, position: int, keeping: Keeping
+        self,
+        index: int,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        h: Hyperparameters,
+        position: int,
+        keeping: Keeping,
     ) -> None:
-        self.params, self.states, self._keeping = params, states, keeping
-        self.clock = Clock(len(params), steps=True)
-        first = states[0]
-        steps = h.gradient_accumulation_steps or 1
-        self.clock.start(int(first["step"]), float(first["mu_product"]), position, steps)
-        for state, step, product in zip(states, *map(torch.from_numpy, self.clock.steps), strict=True):
-            state["step"], state["mu_product"] = step, product
-        self._moments = [state["exp_avg"] for state in states]
-        self._complex = [(param, param.data_ptr()) for param in params if param.is_complex()]
-        self.sharded = any(map(is_sharded, params))
-        self._shares: list[Tensor] = []
-        self._plan: TensorPlan | None = None
-        self.held: Any = None  # gradients that a plan made in this step points to; they may be copies
-        self._members = np.arange(len(params), dtype=np.int64)
+        self.index, self.names, self.params, self.states, self._keeping = index, names, params, states, keeping
+        self.clock = Clock(len(params), shown=True)
+        self._calls = h.gradient_accumulation_steps or 1
+        self.clock.start(int(states[0]["step"]), float(states[0]["mu_product"]), position, self._calls)
+        own = zip(COUNTERS, torch.from_numpy(self.clock.own), strict=True)
+        accumulates = h.gradient_accumulation_steps is not None
+        self._counters = {name: list(views) for name, views in own if accumulates or name != "accumulated"}
+        for name, views in self._counters.items():
+            taken: set[int] = set()
+            for state, view in zip(states, views, strict=True):
+                kept = state[name]
+                if name == "accumulated":
+                    view.fill_(float(kept))
+                # Whoever holds the tensor sees it change, as with PyTorch's own, but for one of several parameters.
+                if type(kept) is Tensor and kept.dtype == view.dtype and kept.is_cpu and id(kept) not in taken:
+                    kept.data = view
+                else:
+                    state[name] = view
+                taken.add(id(kept))
+        self.plan: Any = None
+        self.tensors: TensorPlan | None = None
+        self.held: Any = None
 
-    def planned(self, grads: Sequence[Tensor], name: str) -> Any:
-        """The plan for these gradients.
+    def prepare(self, grads: Sequence[Tensor], name: str) -> None:
+        """Make the plan for these gradients.
+
+        Args:
+            grads: Of this process's shares.
+            name: What the optimizer is called in messages.
 
         Raises:
             RuntimeError: A sparse gradient.
-            ValueError: Memory that overlaps, a parameter whose shape has changed.
+            ValueError: A parameter whose elements share memory, or whose shape has changed.
         """
-        if self.sharded:
-            grads = [local_gradient(param, grad) for param, grad in zip(self.params, grads, strict=True)]
-        known = self.fitting(grads)
-        if known is not None:
-            return known
-        self.held = grads = [usable(grad, name) for grad in grads]
+        self.held = given = [usable(grad, name) for grad in grads]
         for param, state in zip(self.params, self.states, strict=True):
             settle(param, state, self._keeping)
-        self._moments = [state["exp_avg"] for state in self.states]
-        self._complex = [(param, param.data_ptr()) for param in self.params if param.is_complex()]
-        self._shares = [local(param) for param in self.params]
-        params = [real(share) for share in self._shares]
-        states = [{key: real(local(value)) for key, value in state.items()} for state in self.states]
-        if not has_kernel(params):
-            for i, param in enumerate(params):
-                if overlap(param.shape, [stride * param.itemsize for stride in param.stride()], param.itemsize):
-                    raise ValueError(f"params[{i}]: its elements share memory, as in one that was expanded")
-            warn_once(params[0].device.type)
-            self._plan = None
-            rows = [Row(*row) for row in zip(params, grads, states, strict=True)]
-            return ArraysPlan(rows, self._members, self._keeping.seed)
-        slots = []
-        for i, (param, state) in enumerate(zip(params, states, strict=True)):
-            fields = [state.get(key) for key in ("exp_avg", "exp_avg_sq", "ema", "grad_accumulator")]
-            slots.append(Slot._make([f"params[{i}]", param, *fields, True, True, state.get("remainder")]))
-        self._plan = TensorPlan(slots, grads, self._members, self._keeping.seed)
-        return self._plan.plan
+        params = list(map(local, self.params))
+        states = [{key: local(value) for key, value in state.items() if key in PLACES} for state in self.states]
+        members = np.arange(len(params), dtype=np.int64)
+        if has_kernel(params):
+            slots = [
+                Slot._make([where, param, *map(state.get, PLACES), True, True])
+                for where, param, state in zip(self.names, params, states, strict=True)
+            ]
+            self.tensors = TensorPlan(slots, given, members, self._keeping.seed)
+            self.plan = self.tensors.plan
+            return
+        for where, param in zip(self.names, params, strict=True):
+            if overlap(param.shape, [stride * param.itemsize for stride in param.stride()], param.itemsize):
+                raise ValueError(f"{where}: its elements share memory, as in one that was expanded")
+        warn_once(params[0].device.type)
+        rows = [
+            Row(real(param), real(grad), {key: real(value) for key, value in state.items()})
+            for param, grad, state in zip(params, given, states, strict=True)
+        ]
+        self.plan = ArraysPlan(rows, members, self._keeping.seed)
 
-    def fitting(self, grads: Sequence[Tensor]) -> Plan | None:
-        """The last plan, if it is one for these gradients, those of this process's shares."""
-        known = self._plan
-        return known.plan if known is not None and self._is_current() and known.fits(grads) else None
+    def written(self) -> list[tuple[str, Tensor]]:
+        """What a step writes to, with the parameters' names."""
+        made = []
+        for where, param, state in zip(self.names, self.params, self.states, strict=True):
+            made += [(where, local(tensor)) for tensor in (param, *(state[name] for name in PLACES if name in state))]
+        return made
 
-    def _is_current(self) -> bool:
-        """Whether nobody has put other tensors in the place of the state, or of complex parameters, which are views."""
-        if not all(map(is_, map(_exp_avg, self.states), self._moments)):
-            return False
-        if self._complex and any(param.data_ptr() != address for param, address in self._complex):
-            return False
-        return not self.sharded or all(map(is_, map(local, self.params), self._shares))
+    def counters(self) -> list[Tensor]:
+        """The tensors that show the counters."""
+        return [state[name] for name in self._counters for state in self.states]
 
-
-class Batch:
-    """The parameters of a group that had a gradient in the last call, and those that had none."""
-
-    def __init__(self, source: list[Tensor], params: list[Tensor], cohorts: list[Cohort]) -> None:
-        self.source, self.params, self.cohorts = source, params, cohorts
-        self.count = len(source)
-        self.sharded = any(cohort.sharded for cohort in cohorts)
-        present = {id(param): i for i, param in enumerate(params)}
-        self.absent = [param for param in source if id(param) not in present]
-        self.places = [[present[id(param)] for param in cohort.params] for cohort in cohorts]
-
-    def parts(self, source: list[Tensor], h: Hyperparameters, now: Now) -> list[Part] | None:
-        """The parts of the last call, if the same parameters have a gradient as then, and all lies as it did."""
-        grads = None if self.sharded else self._grads(source)
-        if grads is None:
-            return None
-        parts = []
-        for cohort, places in zip(self.cohorts, self.places, strict=True):
-            plan = cohort.fitting(grads if len(self.cohorts) == 1 else [grads[i] for i in places])
-            if plan is None:
-                return None
-            parts.append(Part(h, now, cohort.clock, plan))
-        return parts
-
-    def grads(self, source: list[Tensor]) -> list[Tensor] | None:
-        """The gradients, if the same parameters have one as before."""
-        grads = self._grads(source)
-        return grads if grads is not None and all(map(_is_there, grads)) else None
-
-    def _grads(self, source: list[Tensor]) -> list[Tensor] | None:
-        """The same, with None among them where one is gone."""
-        if source is not self.source or len(source) != self.count:
-            return None
-        if self.absent and any(param.grad is not None for param in self.absent):
-            return None
-        return list(map(_grad, self.params))
-
-    def knows(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether the optimizer's state is still what this was made for."""
-        return all(state.get(cohort.params[0]) is cohort.states[0] for cohort in self.cohorts)
+    def counts(self) -> tuple[NDArray[np.float64], int, int]:
+        """The clock, as `pointers.Held` takes it."""
+        return self.clock.now, len(self.params), self._calls
 
 
 def cohorts(
-    params: Sequence[Tensor], states: Sequence[State], h: Hyperparameters, position: int, keeping: Keeping
+    index: int,
+    named: Mapping[str, Tensor],
+    kept: Sequence[State],
+    h: Hyperparameters,
+    position: int,
+    keeping: Keeping,
 ) -> list[Cohort]:
-    """Parameters by how often they have been updated, and on which device."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, (param, state) in enumerate(zip(params, states, strict=True)):
+    """Parameters of a group, by their names, sorted by how often they have been updated, and by device."""
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for (name, param), state in zip(named.items(), kept, strict=True):
         key = (float(state["step"]), float(state["mu_product"]), param.device)
-        alike.setdefault(key, []).append(i)
-    return [
-        Cohort([params[i] for i in members], [states[i] for i in members], h, position, keeping)
-        for members in alike.values()
-    ]
+        alike.setdefault(key, []).append((name, param, state))
+    columns = [tuple(zip(*members, strict=True)) for members in alike.values()]
+    return [Cohort(index, names, params, states, h, position, keeping) for names, params, states in columns]
+
+
+def name_of(groups: Groups, index: int, place: int) -> str:
+    """What messages call a parameter."""
+    return f"params[{place}]" if len(groups) == 1 else f"param_groups[{index}]['params'][{place}]"
+
+
+def entry(state: Any, param: Tensor, h: Hyperparameters, keeping: Keeping) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter, made where it is not there or was cleared."""
+    found: dict[str, Any] = state.setdefault(param, {})
+    if not found:
+        found.update(new_state(param, h, keeping))
+    elif any(name not in found for name in extra_state(param, h, keeping)):
+        found.update({**new_state(param, h, keeping), **found})
+    elif h.gradient_accumulation_steps is not None and "accumulated" not in found:  # of an older checkpoint
+        seen = bool(local(found["grad_accumulator"]).any())
+        found["accumulated"] = torch.tensor(float(seen), dtype=torch.float64, device="cpu")
+    return found
+
+
+def held_dicts(state: dict[Any, Any], params: Sequence[Tensor]) -> list[tuple[dict[Any, Any], list[Any]]]:
+    """The optimizer's state, as `pointers.Held` takes it."""
+    wanted = set(map(id, params))
+    entries = [key for key in state if id(key) in wanted]
+    own = ((state[param], [name for name in state[param] if name in _STATE]) for param in entries)
+    return [(state, entries), *own]
+
+
+def is_owed(entry: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter without a gradient had one earlier in this window: it counts as zero now."""
+    return bool(entry) and float(entry.get("accumulated", 0.0)) > 0.0  # type: ignore[union-attr]
 
 
 def new_state(param: Tensor, h: Hyperparameters, keeping: Keeping) -> State:
@@ -187,6 +205,8 @@ def new_state(param: Tensor, h: Hyperparameters, keeping: Keeping) -> State:
         "step": torch.zeros((), dtype=torch.float64, device="cpu"),
         "mu_product": torch.ones((), dtype=torch.float64, device="cpu"),
     }
+    if h.gradient_accumulation_steps is not None:
+        state["accumulated"] = torch.zeros((), dtype=torch.float64, device="cpu")
     for name in ("exp_avg", "exp_avg_sq", *extra_state(param, h, keeping)):
         state[name] = zeros_beside(param, PLACES[name], keeping.dtype(name, param))
     if h.use_ema:
@@ -221,7 +241,8 @@ def settle(param: Tensor, state: State, keeping: Keeping) -> None:
         if tensor.shape != param.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but its parameter has {tuple(param.shape)}")
         wanted = keeping.dtype(name, param)
-        if tensor.dtype != wanted or tensor.device != param.device or tensor.stride() != strides:
+        fits = tensor.dtype == wanted and tensor.device == param.device and tensor.stride() == strides
+        if not fits or tensor.is_neg() or tensor.is_conj():
             state[name] = zeros_beside(param, place, wanted).copy_(tensor)
 
 
@@ -247,13 +268,9 @@ def usable(grad: Tensor, name: str) -> Tensor:
     """A gradient as the plans take it: itself wherever it can be."""
     if grad.layout != torch.strided:
         raise RuntimeError(f"{name} does not support sparse gradients")
-    grad = real(grad.detach()).resolve_neg()
-    return grad if grad.dtype in FORMATS else grad.to(torch.float32)
-
-
-def real(tensor: Tensor) -> Tensor:
-    """A complex tensor as one of reals, with one more dimension; any other as it is."""
-    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+    if grad.is_neg() or grad.is_conj():
+        grad = grad.detach().resolve_neg().resolve_conj()
+    return grad if grad.dtype in TRAINABLE else grad.to(torch.float32)
 
 
 def warn_once(device: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from nadam.core.clock import CALLS, SKIPPED
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.kernels.tensors import FORMATS
-from nadam.torch.batches import Keeping, new_state, settle, usable
+from nadam.kernels.pointers import Held
+from nadam.kernels.tensors import FORMATS, check_apart, watching
+from nadam.torch.batches import COUNTERS, PLACES, Groups, Keeping, entry, held_dicts, name_of, settle, usable
 from nadam.torch.settings import Settings
 from nadam.torch.sharding import device_combiner, is_sharded, local, local_gradient
 
 # Where there are Triton's kernels. A test adds the CPU, with Triton's interpreter.
 DEVICES = {"cuda"}
 OLDEST_TRITON = (3, 6)
-_grad, _step, _exp_avg = attrgetter("grad"), itemgetter("step"), itemgetter("exp_avg")
+_grad = attrgetter("grad")
 
 
 @cache
@@ -54,35 +55,40 @@ class Cohort:
     def __init__(
         self,
         index: int,
+        names: Sequence[str],
         params: Sequence[Tensor],
         states: Sequence[dict[str, Any]],
         grads: Sequence[Tensor | None],
-        h: Hyperparameters,
-        position: int,
-        keeping: Keeping,
     ) -> None:
-        self.index, self.params, self.states = index, list(params), list(states)
-        for param, state in zip(params, states, strict=True):
-            settle(param, state, keeping)
-        self._locals = [local(param) for param in params]
-        kept = [{name: local(value) for name, value in state.items()} for state in states]
-        self.plan = on_gpu().DevicePlan(self._locals, kept, grads, h, position=position, seed=keeping.seed)
-        for state, own in zip(states, kept, strict=True):
-            state["step"], state["mu_product"] = own["step"], own["mu_product"]
-        self._steps, self._moments = list(map(_step, states)), list(map(_exp_avg, states))
-        self._sharded = any(map(is_sharded, params))
+        self.index, self.names, self.params, self.states, self.grads = index, names, params, states, grads
 
-    def fits(self, state: Any, may_miss: bool, name: str) -> bool:
-        """Whether all is as when this was made; if so, the tables hold the gradients of now."""
-        if state.get(self.params[0]) is not self.states[0]:
+    def written(self) -> list[tuple[str, Tensor]]:
+        """What a step writes to, with the parameters' names."""
+        rows = zip(self.names, self.params, self.states, strict=True)
+        kept = [(name, (param, *map(state.get, PLACES))) for name, param, state in rows]
+        return [(name, local(tensor)) for name, tensors in kept for tensor in tensors if tensor is not None]
+
+    def prepare(self, h: Hyperparameters, position: int, seed: int, written: Any) -> None:
+        """Make the plan; the state's counters become views of those on the device."""
+        kept = [{name: local(value) for name, value in state.items()} for state in self.states]
+        shares = list(map(local, self.params))
+        plan = on_gpu().DevicePlan
+        self.plan = plan(shares, kept, self.grads, h, position=position, seed=seed, written=written)
+        for state, own in zip(self.states, kept, strict=True):
+            state.update({name: own[name] for name in COUNTERS if name in own})
+        tensors = [t for state in self.states for t in state.values() if isinstance(t, Tensor)]
+        self._shares = [(tensor, local(tensor)) for tensor in (*self.params, *tensors) if is_sharded(tensor)]
+        # What PyTorch writes to a tensor or a view of it is counted; what the kernels write is not.
+        self._version, self.grads = self.plan.counters._version, ()
+
+    def fits(self, may_miss: bool, name: str) -> bool:
+        """Whether all lies as when this was made; if so, the tables hold the gradients of now."""
+        if self.plan.counters._version != self._version:
             return False
-        same = all(map(is_, map(_step, self.states), self._steps))
-        if not (same and all(map(is_, map(_exp_avg, self.states), self._moments))):
-            return False
-        if self._sharded and not all(map(is_, map(local, self.params), self._locals)):
+        if not all(local(tensor) is share for tensor, share in self._shares):
             return False
         grads, tables = list(map(_grad, self.params)), self.plan.tables
-        if not self._sharded and tables.fits_at_once(grads):
+        if not self._shares and tables.fits_at_once(grads):
             return True
         if not may_miss and any(grad is None for grad in grads):
             return False
@@ -107,7 +113,7 @@ class GpuParts:
         self._settings, self._keeping, self._name = settings, keeping, name
         self._accumulation_steps = accumulation_steps
         self.cohorts: list[Cohort] = []
-        self._sources: list[list[Tensor]] = []
+        self._source: tuple[Any, list[Any]] = (None, [])
         self._combine: Any = None
 
     def forget(self) -> None:
@@ -169,43 +175,51 @@ class GpuParts:
 
     def _fits(self, groups: Sequence[dict[str, Any]], state: Any) -> bool:
         """Whether the cohorts are those of this call, with its gradients."""
-        sources = [group["params"] for group in groups]
-        if not (self.cohorts and len(sources) == len(self._sources) and all(map(is_, sources, self._sources))):
+        known, sources = self._source
+        now = [group["params"] for group in groups]
+        if not (self.cohorts and state is known and len(now) == len(sources) and all(map(is_, now, sources))):
             return False
-        if list(map(len, sources)) != self._counts:
+        if not self._watch.fits([]):
             return False
         if any(p.grad is not None or self._goes_on(state.get(p)) for p in self._absent):
             return False
         may_miss = self._accumulation_steps is not None
-        return all(cohort.fits(state, may_miss, self._name) for cohort in self.cohorts)
+        return all(cohort.fits(may_miss, self._name) for cohort in self.cohorts)
 
     @torch.no_grad()
     def _form(
         self,
-        groups: Sequence[dict[str, Any]],
+        groups: Groups,
         state: Any,
         present: list[Tensor],
         settings: Sequence[Hyperparameters],
         position: int,
     ) -> None:
         wanted, cohorts = set(map(id, present)), []
+        for param in present:
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(f"{self._name} does not support sparse gradients")
         for index, (group, h) in enumerate(zip(groups, settings, strict=True)):
-            alike: dict[tuple[Any, ...], list[Tensor]] = {}
-            for param in group["params"]:
+            alike: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+            for i, param in enumerate(group["params"]):
                 if id(param) in wanted:
-                    if param.grad is not None and param.grad.layout != torch.strided:
-                        raise RuntimeError(f"{self._name} does not support sparse gradients")
-                    if not state[param]:
-                        state[param] = new_state(param, h, self._keeping)
-                    key = (float(state[param]["step"]), float(state[param]["mu_product"]), param.device)
-                    alike.setdefault(key, []).append(param)
-            for params in alike.values():
-                states = [state[param] for param in params]
-                grads = [_gradient(param, self._name) for param in params]
-                cohorts.append(Cohort(index, params, states, grads, h, position, self._keeping))
-        self.cohorts, self._sources = cohorts, [group["params"] for group in groups]
-        self._counts = list(map(len, self._sources))
-        self._absent = [param for source in self._sources for param in source if id(param) not in wanted]
+                    own = entry(state, param, h, self._keeping)
+                    settle(param, own, self._keeping)
+                    key = (float(own["step"]), float(own["mu_product"]), param.device)
+                    row = name_of(groups, index, i), param, own, _gradient(param, self._name)
+                    alike.setdefault(key, []).append(row)
+            for rows in alike.values():
+                names, params, states, given = zip(*rows, strict=True)
+                cohorts.append(Cohort(index, names, params, states, given))
+        grads = [each for cohort in cohorts for each in zip(cohort.names, cohort.grads, strict=True)]
+        written = [each for cohort in cohorts for each in cohort.written()]
+        arrays = check_apart(written, [(name, grad) for name, grad in grads if grad is not None])
+        for cohort in cohorts:
+            cohort.prepare(settings[cohort.index], position, self._keeping.seed, arrays)
+        self.cohorts, self._source = cohorts, (state, [group["params"] for group in groups])
+        self._absent = [param for source in self._source[1] for param in source if id(param) not in wanted]
+        counters = [state[param][name] for param in present for name in COUNTERS if name in state[param]]
+        self._watch = watching(counters, held=Held(held_dicts(state, present), self._source[1]))
         rows = [cohort.params[i] for cohort in cohorts for i in cohort.plan.tables.order]
         self._combine = device_combiner(rows)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.triton import SCALARS
-from nadam.torch.gpu_tables import State, Tables
+from nadam.torch.gpu_tables import Array, State, Tables
 
 
 class DevicePlan:
@@ -24,6 +24,7 @@ class DevicePlan:
         position: Calls since the last update, with accumulation.
         seed: Of rounding by chance, below 2**32.
         decays: Whether each takes part in weight decay; None for all.
+        written: As of `Tables`.
 
     Attributes:
         counters: float64, on the device, laid out as those of `core.clock.Clock`.
@@ -42,10 +43,11 @@ class DevicePlan:
         position: int = 0,
         seed: int = 0,
         decays: Sequence[bool] | None = None,
+        written: Sequence[Array] | None = None,
     ) -> None:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed={seed!r}: expected 0 <= seed < 2**32 on a GPU")
-        self.tables = Tables(params, states, grads, decays)
+        self.tables = Tables(params, states, grads, decays, written)
         self.seed, self.device = seed, self.tables.device
         count = self.tables.count
         self.counters = self._zeros(SEEN + 3 * count)
@@ -57,9 +59,11 @@ class DevicePlan:
                 state[name] = own
         self.counters[CALLS] = steps[0] * (h.gradient_accumulation_steps or 1) + position
         self.counters[MOMENTUM_PRODUCT] = products[0]
-        for i, state in enumerate(states):
+        for state, seen in zip(states, self.counters[SEEN : SEEN + count], strict=True):
             if state.get("grad_accumulator") is not None:
-                self.counters[SEEN + i] = state["grad_accumulator"].any()
+                known = state.get("accumulated")
+                seen.copy_(state["grad_accumulator"].any() if known is None else known)
+                state["accumulated"] = seen
         self.scalars = {name: self._zeros(len(SCALARS), name) for name in ("float32", "float64")}
         self.factors = {name: self._zeros(count, name) for name in ("float32", "float64")}
         self.active = self._zeros(count)

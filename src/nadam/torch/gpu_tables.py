@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.kernels import spans
-from nadam.kernels.layouts import Headers
-from nadam.kernels.tensors import FORMATS, kind_and_device, tensor_headers
+from nadam.kernels.layouts import bounds, overlapping
+from nadam.kernels.pointers import Pointers
+from nadam.kernels.table import address
+from nadam.kernels.tensors import FORMATS, Methods, check_apart, footprint, lie, watching
 from nadam.kernels.triton import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
 
+Array = NDArray[Any]
 State = dict[str, Any]
 COLUMNS = {
     "exp_avg": spans.EXP_AVG,
@@ -58,6 +60,7 @@ class Tables:
         states: What is kept of each, in the same order of dimensions.
         grads: Their gradients; None, with accumulation, for one that is missing.
         decays: Whether each takes part in weight decay.
+        written: What `tensors.check_apart` gives of all that the step writes to; None for what it gives of these.
 
     Raises:
         ValueError: A gradient of another shape, or memory that overlaps.
@@ -76,13 +79,21 @@ class Tables:
         states: Sequence[State],
         grads: Sequence[Tensor | None],
         decays: Sequence[bool] | None = None,
+        written: Sequence[Array] | None = None,
     ) -> None:
         self.params, self.states = list(params), list(states)
         self.device = params[0].device
         for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
             if grad is not None and grad.shape != param.shape:
                 raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
-        self._lows, self._highs = _written(self.params, self.states)
+        kept = [[state.get(name) for name in COLUMNS] for state in self.states]
+        if written is None:
+            named = [(f"params[{i}]", t) for i, p in enumerate(params) for t in (p, *kept[i]) if t is not None]
+            written = check_apart(named, [])
+        self._written = written
+        ranges = sorted(bounds(array) for array in written if array.size)
+        self._lows = np.array([low for low, _ in ranges], np.int64)
+        self._highs = np.maximum.accumulate(np.array([high for _, high in ranges], np.int64))
         formats = [
             _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
         ]
@@ -108,10 +119,13 @@ class Tables:
                 self.kinds.append(Kind(*kind, first, last - first, self.chunks[first:last]))
         self.rows = torch.zeros((self.count, spans.COLUMNS), dtype=torch.int64, device=self.device)
         self._uploaded = np.full(self.count, -1, np.int64)  # where gradients lie in the device's table
-        self._lie = list(map(_lies, self.params))
+        places = np.argsort(self.order)
+        self._cells = address(self._host) + 8 * spans.COLUMNS * places  # of each parameter's row
+        self._fixed = [t for param, own in zip(params, kept, strict=True) for t in (param, *own) if t is not None]
+        self._lie = list(map(lie, self._fixed))
         self._reserve: list[Tensor] = []  # pinned, for uploads while a graph is being captured
         self._captured: list[Tensor] = []  # which those graphs copy from
-        self._headers: Headers | None = None
+        self._watch: Pointers | Methods | None = None
         self._copies: list[Tensor] = []
         self._take(grads)
 
@@ -128,26 +142,18 @@ class Tables:
             return False
         if self.fits_at_once(grads):
             return True
-        if list(map(_lies, self.params)) != self._lie:
+        if list(map(lie, self._fixed)) != self._lie:
             return False
-        for grad, (_, shape, _), (_, grad_format, _) in zip(grads, self._lie, self._formats, strict=True):
-            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != shape):
+        for grad, param, (_, grad_format, _) in zip(grads, self.params, self._formats, strict=True):
+            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != param.shape):
                 return False
         self._take(grads)
         return True
 
     def fits_at_once(self, grads: Sequence[Tensor | None]) -> bool:
         """The same, asked of all tensors at once; False also where that is not enough to know."""
-        if self._headers is None or len(grads) != self.count:
+        if self._watch is None or not self._watch.fits(grads if type(grads) is list else list(grads)):
             return False
-        try:
-            if not self._headers.refresh_from(grads if type(grads) is list else list(grads)):
-                return False
-        except RuntimeError:  # a sparse tensor has no address
-            return False
-        if self._perhaps_negative and any(grads[i].is_neg() for i in self._perhaps_negative):  # type: ignore[union-attr]
-            return False
-        self._host[self._empty, spans.GRAD] = PRESENT
         self._copies = []
         self._upload()
         return True
@@ -164,17 +170,9 @@ class Tables:
         self._host[:, spans.GRAD] = np.array(pointers, np.int64)[self.order]
         self._upload()
         present = [grad for grad in grads if grad is not None]
-        if self._headers is None and not self._copies and len(present) == self.count:
-            self._headers = self._headers_for(present)
-
-    def _headers_for(self, grads: Sequence[Tensor]) -> Headers | None:
-        """What tells quickly that gradients lie as these do, and parameters as they do now."""
-        expected = [_expected(each[i]) for each in (self.params, grads) for i in self.order]
-        params = [self.params[i] for i in self.order]
-        self._perhaps_negative = [i for i, grad in enumerate(grads) if grad.numel() < 2 or not grad.is_contiguous()]
-        self._empty = [place for place, param in enumerate(params) if not param.numel()]
-        written = list(zip(self._lows.tolist(), self._highs.tolist(), strict=True))
-        return tensor_headers(params, expected, self._host, written, np.array(self.order, np.int64))
+        if self._watch is None and not self._copies and len(present) == self.count:
+            cells = (int(cell) + 8 * spans.GRAD for cell in self._cells)
+            self._watch = watching(self._fixed, list(zip(present, cells, strict=True)), self._written)
 
     def _check_apart(self, pointers: list[int], grads: Sequence[Tensor | None]) -> None:
         begins = np.array(pointers, np.int64)
@@ -182,10 +180,11 @@ class Tables:
         last = np.searchsorted(self._lows, ends) - 1
         shared = (last >= 0) & (ends > begins)
         shared[shared] = self._highs[last[shared]] > begins[shared]
-        if shared.any():
-            raise ValueError(
-                f"grads[{int(np.flatnonzero(shared)[0])}]: it shares memory with a variable or the optimizer's state"
-            )
+        near = np.flatnonzero(shared).tolist()
+        found = overlapping(self._written, [footprint(grads[i]) for i in near]) if near else None
+        if found is not None:
+            i = near[found[1] - len(self._written)]
+            raise ValueError(f"grads[{i}]: it shares memory with a variable or the optimizer's state")
 
     def _upload(self) -> None:
         """Bring the table to the device, if it is another one than there."""
@@ -219,31 +218,6 @@ class Tables:
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
-
-
-def _lies(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _expected(tensor: Tensor) -> NDArray[np.int64]:
-    """What the kernel of `Headers` is to find where it finds a tensor that is dense, like this one."""
-    kind, device = kind_and_device(tensor)
-    return np.array([kind, tensor.dim(), device, 1, 0, tensor.nbytes, *tensor.shape, *tensor.stride()], np.int64)
-
-
-def _written(params: Sequence[Tensor], states: Sequence[State]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the memory begins and ends that a step writes to; it is dense, and must not overlap."""
-    ranges = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, f"params[{i}]")
-        for i, (param, state) in enumerate(zip(params, states, strict=True))
-        for tensor in (param, *(state[name] for name in COLUMNS if state.get(name) is not None))
-        if tensor.numel()
-    )
-    for (_, high, first), (low, _, second) in pairwise(ranges):
-        if high > low:
-            raise ValueError(f"{first} and {second}: the variables share memory")
-    lows, highs, _ = zip(*ranges, strict=True) if ranges else ((), (), ())
-    return np.array(lows, np.int64), np.array(highs, np.int64)
 
 
 def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:

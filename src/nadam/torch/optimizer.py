@@ -15,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport, step
+from nadam.kernels.tensors import real
 from nadam.torch import batches, gpu_parts, settings, state
 from nadam.torch.arrays import Row, differentiable_step, joined, store
 from nadam.torch.gpu_parts import GpuParts
@@ -283,8 +284,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
                 if param.grad is not None:
                     if not self.state[param]:
                         self.state[param] = batches.new_state(param, h, self._keeping)
-                    own = {key: batches.real(value) for key, value in self.state[param].items()}
-                    rows.append(Row(batches.real(param), batches.real(param.grad), own))
+                    own = {key: real(value) for key, value in self.state[param].items()}
+                    rows.append(Row(real(param), real(param.grad), own))
             differentiable_step(h, now._replace(lr=rate), rows)
 
     def state_dict(self) -> dict[str, Any]:

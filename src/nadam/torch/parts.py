@@ -1,19 +1,23 @@
-"""What a step is made of: the parameters that have a gradient, kept from step to step for as long as they fit."""
+"""What a step is made of: the parameters that have a gradient, kept from step to step while all is as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import Part
-from nadam.torch import batches
-from nadam.torch.batches import Batch, Keeping
+from nadam.kernels.pointers import Held, Pointers
+from nadam.kernels.tensors import Methods, check_apart, watch
+from nadam.torch.batches import Cohort, Groups, Keeping, cohorts, entry, held_dicts, is_owed, name_of
 from nadam.torch.settings import Settings
-from nadam.torch.sharding import local
+from nadam.torch.sharding import is_sharded, local, local_gradient
+
+_grad = attrgetter("grad")
 
 
 class Parts:
@@ -29,20 +33,26 @@ class Parts:
     def __init__(self, settings: Settings, keeping: Keeping, accumulation_steps: int | None, name: str) -> None:
         self._settings, self._keeping, self._name = settings, keeping, name
         self._accumulation_steps = accumulation_steps
-        self._batches: list[Batch] = []
-        self.sharded = False  # whether a parameter was split over processes
+        self.sharded = False  # whether a parameter is split over processes
+        self.forget()
 
     def forget(self) -> None:
         """Look everything up anew at the next step."""
-        self._batches = []
+        self._cohorts: list[Cohort] = []
+        self._params: list[Tensor] = []
+        self._absent: list[Tensor] = []
+        self._shares: list[tuple[Tensor, Tensor]] = []  # of what is split, with this process's
+        self._watch: Pointers | Methods | None = None
+        self._source: tuple[Any, list[Any]] = (None, [])
+        self.release()
 
     def release(self) -> None:
         """After a step: hold its gradients no longer."""
-        for batch in self._batches:
-            for cohort in batch.cohorts:
-                cohort.held = None
+        self._grads: Any = None
+        for cohort in self._cohorts:
+            cohort.held = None
 
-    def now(self, groups: Sequence[dict[str, Any]], state: Any, position: int) -> tuple[list[Part], list[Tensor]]:
+    def now(self, groups: Groups, state: Any, position: int) -> tuple[list[Part], list[Tensor]]:
         """All parameters that have a gradient, with their settings and counters.
 
         Args:
@@ -57,76 +67,85 @@ class Parts:
             ValueError: A setting out of its range, or memory that overlaps.
             RuntimeError: A sparse gradient.
         """
+        current = [self._settings.now(index, group) for index, group in enumerate(groups)]
         updating = self._accumulation_steps is not None and position == self._accumulation_steps - 1
-        for batch in self._batches:
-            if not batch.knows(state) or (updating and any(_owed(state.get(param)) for param in batch.absent)):
-                self._batches = []
-                break
-        same = self._same(groups)
-        return same if same is not None else self._anew(groups, state, position, updating)
+        if not self._fits(groups, state, position, updating):
+            self.forget()
+            self._form(groups, current, state, position, updating)
+        return [Part(*current[cohort.index], cohort.clock, cohort.plan) for cohort in self._cohorts], self._params
 
-    def _same(self, groups: Sequence[dict[str, Any]]) -> tuple[list[Part], list[Tensor]] | None:
-        """Those of the last step with the settings of now; None if more than values has changed since."""
-        if len(self._batches) != len(groups):
-            return None
-        parts: list[Part] = []
-        params: list[Tensor] = []
-        for index, (group, batch) in enumerate(zip(groups, self._batches, strict=True)):
-            own = batch.parts(group["params"], *self._settings.now(index, group))
-            if own is None:
-                return None
-            parts += own
-            params += batch.params
-        return parts, params
-
-    def _anew(
-        self, groups: Sequence[dict[str, Any]], state: Any, position: int, updating: bool
-    ) -> tuple[list[Part], list[Tensor]]:
-        found = []
-        for index, group in enumerate(groups):
-            h, now = self._settings.now(index, group)
-            known = self._batches[index] if index < len(self._batches) else None
-            grads = None if known is None else known.grads(group["params"])
-            if known is not None and grads is not None:
-                batch = known
-            else:
-                batch = self._batch(group["params"], h, state, position, updating)
-                self._batches[index:] = [batch, *self._batches[index + 1 :]]
-                grads = [_gradient(param) for param in batch.params]
-            found.append((h, now, batch, grads))
-        parts: list[Part] = []
-        params: list[Tensor] = []
-        for h, now, batch, grads in found:
-            for cohort, places in zip(batch.cohorts, batch.places, strict=True):
-                own = grads if len(batch.cohorts) == 1 else [grads[i] for i in places]
-                parts.append(Part(h, now, cohort.clock, cohort.planned(own, self._name)))
-                params += cohort.params
-        return parts, params
+    def _fits(self, groups: Groups, state: Any, position: int, updating: bool) -> bool:
+        """Whether all is as when the cohorts were formed; if so, the gradients of now are in their tables."""
+        known, sources = self._source
+        if self._watch is None or state is not known or len(groups) != len(sources):
+            return False
+        if not all(group["params"] is source for group, source in zip(groups, sources, strict=True)):
+            return False
+        for param in self._absent:
+            if param.grad is not None or (updating and is_owed(state.get(param))):
+                return False
+        grads = list(map(_grad, self._params))
+        if self._shares:
+            if any(grad is None for grad in grads) or not all(local(tensor) is share for tensor, share in self._shares):
+                return False
+            grads = list(map(local_gradient, self._params, grads))
+        self._grads = grads
+        return self._watch.fits(grads, position)
 
     @torch.no_grad()
-    def _batch(self, source: list[Tensor], h: Hyperparameters, state: Any, position: int, updating: bool) -> Batch:
-        """The parameters with a gradient; with accumulation, at an update, also those that had one in its window."""
-        chosen = [p for p in source if p.grad is not None or (updating and _owed(state.get(p)))]
-        for param in chosen:
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(f"{self._name} does not support sparse gradients")
-        states = []
-        for param in chosen:
-            if not state[param]:
-                state[param] = batches.new_state(param, h, self._keeping)
-            states.append(state[param])
-        batch = Batch(source, chosen, batches.cohorts(chosen, states, h, position, self._keeping))
-        self.sharded = self.sharded or batch.sharded
-        return batch
-
-
-def _owed(entry: Mapping[str, Any] | None) -> bool:
-    """Whether a parameter without a gradient had one earlier in this window: it counts as zero now."""
-    return bool(entry) and bool(entry["grad_accumulator"].any())  # type: ignore[index]
+    def _form(
+        self,
+        groups: Groups,
+        current: Sequence[tuple[Hyperparameters, Now]],
+        state: Any,
+        position: int,
+        updating: bool,
+    ) -> None:
+        """Form cohorts of the parameters with a gradient; at an update, also of those that had one in its window."""
+        made: list[Cohort] = []
+        absent = []
+        for index, (group, (h, _)) in enumerate(zip(groups, current, strict=True)):
+            chosen = {}
+            for i, param in enumerate(group["params"]):
+                if param.grad is None and not (updating and is_owed(state.get(param))):
+                    absent.append(param)
+                    continue
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(f"{self._name} does not support sparse gradients")
+                chosen[name_of(groups, index, i)] = param
+            states = [entry(state, param, h, self._keeping) for param in chosen.values()]
+            made += cohorts(index, chosen, states, h, position, self._keeping)
+        params = [param for cohort in made for param in cohort.params]
+        given = [_gradient(param) for param in params]
+        done = 0
+        for cohort in made:
+            own, done = given[done : done + len(cohort.params)], done + len(cohort.params)
+            cohort.prepare(own, self._name)
+        names = [name for cohort in made for name in cohort.names]
+        used = [grad for cohort in made for grad in cohort.held]
+        written = [each for cohort in made for each in cohort.written()]
+        arrays = check_apart(written, list(zip(names, used, strict=True)))
+        self._cohorts, self._params, self._absent, self._grads = made, params, absent, given
+        self._source = state, [group["params"] for group in groups]
+        self.sharded = any(map(is_sharded, params))
+        kept = [*params, *(value for cohort in made for entry in cohort.states for value in entry.values())]
+        self._shares = [(tensor, local(tensor)) for tensor in kept if is_sharded(tensor)]
+        plans = [cohort.tensors for cohort in made if cohort.tensors is not None]
+        if made and len(plans) == len(made) and all(map(is_, given, used)):
+            held = Held(
+                dicts=held_dicts(state, params),
+                lists=self._source[1],
+                clocks=[cohort.counts() for cohort in made],
+            )
+            counters = [each for cohort in made for each in cohort.counters()]
+            self._watch = watch(plans, arrays, counters, held)
+        for plan in plans:
+            plan.grads = ()
 
 
 def _gradient(param: Tensor) -> Tensor:
+    """The gradient of this process's share."""
     if param.grad is not None:
-        return param.grad
+        return local_gradient(param, param.grad)
     share = local(param)
     return share.new_zeros(()).expand(share.shape)

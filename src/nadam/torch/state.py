@@ -14,8 +14,8 @@ from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
 NADAM, ADAM = ("step", "mu_product", "exp_avg", "exp_avg_sq"), ("step", "exp_avg", "exp_avg_sq")
-SCALARS = {"step", "mu_product"}
-OURS = {"ema", "grad_accumulator", "remainder"}
+SCALARS = {"step", "mu_product", "accumulated"}
+OURS = {"ema", "grad_accumulator", "remainder", "accumulated"}
 
 
 class Kept:
