@@ -9,12 +9,12 @@ from numba import njit
 
 from cases import apart
 from nadam.core import average, gradient, rule
-from nadam.core.coefficients import coefficients, momentum
+from nadam.core.coefficients import SMALLEST_NORMAL, clamp_eps, coefficients, momentum
 from nadam.core.rebind import rebind
 from nadam.kernels import native
 from nadam.kernels.arrays import mathematics
 from nadam.kernels.formats import FORMATS
-from nadam.kernels.numba import KEEP_NAN
+from nadam.kernels.numba import KEEP_NAN, maximum
 
 N = 1000
 
@@ -61,6 +61,20 @@ def test_limit_agrees_and_keeps_nan(value):
     expected = np.clip(value, -1.0, 1.0)
     for result in (gradient.limit(value, 1.0), mathematics(np).limit(np.float64(value), 1.0), compiled(value, 1.0)):
         assert np.array_equal(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("eps", "scaled", "expected"), [
+    (0.0, 0.0, 0.0),
+    (5e-324, 0.0, 2.0**-126),
+    (2e-38, 1e-39, 2.0**-126),
+    (2.0**-126, 2.0**-126, 2.0**-126),
+    (1e-8, 1e-9, 1e-9),
+    (math.nan, math.nan, math.nan),
+])  # fmt: skip
+def test_clamp_eps_agrees(eps, scaled, expected):
+    compiled = njit(rebind(clamp_eps, where=njit(rebind(average.where)), maximum=maximum))
+    for each in (clamp_eps, mathematics(np).clamp_eps, compiled):
+        assert np.array_equal(each(eps, scaled, SMALLEST_NORMAL["float32"]), expected, equal_nan=True)
 
 
 def test_average_keeps_what_the_momentum_says():

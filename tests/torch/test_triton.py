@@ -26,12 +26,13 @@ def has_interpreter():
 CASES = {
     "kernels": ("triton_interpreted.py", {"TRITON_INTERPRET": "1"}),
     "NAdam": ("triton_host.py", {"TRITON_INTERPRET": "1"}),
+    "extremes": ("test_torch_extremes.py", {"TRITON_INTERPRET": "1"}),
     "PTX": ("triton_compiled.py", {"TRITON_INTERPRET": "0"}),
 }
 HAS_GPU = bool(find_spec("torch")) and import_module("torch").cuda.is_available()
 if HAS_GPU:
     ON_GPU = {"TRITON_INTERPRET": "0", "NADAM_TEST_DEVICE": "cuda"}
-    HOST = ["drop_in", "extras", "faults", "around", "libraries"]
+    HOST = ["drop_in", "extras", "faults", "extremes", "around", "libraries"]
     HOST += ["sharding"] if import_module("torch").cuda.device_count() > 1 else []
     CASES |= {f"{name} on a GPU": (f"test_torch_{name}.py", ON_GPU) for name in HOST}
     CASES["NAdam on a GPU"] = ("triton_host.py", ON_GPU)

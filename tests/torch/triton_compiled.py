@@ -67,6 +67,8 @@ def test_float32_goes_16_bytes_at_once_and_in_float32(capability):
     assert "f64" not in ptx
     assert "sqrt.rn.f32" in ptx
     assert "sqrt.approx" not in ptx
+    assert "div.full.f32" in ptx  # right for all divisors; div.approx is not, below 2**-126 and above 2**126
+    assert ".ftz" not in ptx
 
 
 @pytest.mark.parametrize(("param", "grad"), FORMATS)

@@ -4,8 +4,13 @@ import math
 from math import expm1, sqrt
 from typing import Any, NamedTuple
 
+from nadam.core.average import where
+from nadam.core.gradient import maximum
+
 # Dozat's constant: momentum warms up as 1 - MOMENTUM_WARMUP**(step * momentum_decay) / 2.
 MOMENTUM_WARMUP = 0.96
+# Smaller numbers are subnormal: XLA and GPUs may take them for zero.
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 # A Python float or a traced scalar.
 Scalar = Any
 
@@ -53,6 +58,23 @@ def momentum_product(steps: int, beta1: float, momentum_decay: float) -> float:
         if product == 0.0:
             break
     return product
+
+
+def clamp_eps(eps: Scalar, scaled: Scalar, smallest: float) -> Scalar:
+    """The eps that the rule is given: one above 0 stays above 0 in the compute dtype, so that 0 / eps is 0.
+
+    Args:
+        eps: As the user set it, >= 0. One of 0 stays 0, and a gradient of zeros then gives NaN: 0 / 0.
+        scaled: That of `coefficients`, which may have underflowed.
+        smallest: The smallest normal number of the dtype.
+
+    Example:
+        >>> clamp_eps(1e-60, 1e-61, SMALLEST_NORMAL["float32"]) == 2.0**-126
+        True
+        >>> clamp_eps(1e-8, 1e-9, SMALLEST_NORMAL["float32"]), clamp_eps(0.0, 0.0, SMALLEST_NORMAL["float32"])
+        (1e-09, 0.0)
+    """
+    return where(eps == 0, scaled, maximum(scaled, smallest))
 
 
 def coefficients(

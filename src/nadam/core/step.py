@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nadam.core.average import averaging
 from nadam.core.clock import Clock
-from nadam.core.coefficients import coefficients
+from nadam.core.coefficients import SMALLEST_NORMAL, clamp_eps, coefficients
 from nadam.core.gradient import Check, clip_factor, global_clip_factor, total_norm
 from nadam.core.hyperparameters import Hyperparameters, Now
 
@@ -179,6 +179,7 @@ def _update(part: Part, grad_factors: list[float] | float, unscale: float | None
         momentum_decay=i.momentum_decay,
         momentum_product=clock.momentum_product,
     )
+    c = c._replace(eps=clamp_eps(i.eps, c.eps, SMALLEST_NORMAL["float64"]))
     clock.prepare_update(momentum_product, unscale is not None)
     average = None if i.ema_momentum is None else averaging(i.ema_momentum, i.ema_overwrite_frequency, updates + 1)
     plan.update(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from nadam.core.coefficients import SMALLEST_NORMAL
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.kernels.arrays import mathematics
@@ -18,7 +19,6 @@ Array = Any
 # Sums of squares that overflow are taken again of values times this: no square of a finite value overflows then.
 SHRINK = {"float32": 2.0**-80, "float64": 2.0**-600}
 LARGEST = {"float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
-SMALLEST_EPS = 1e-36  # in float32, so that an epsilon which is not zero stays so
 
 
 class Tensor(NamedTuple):
@@ -57,6 +57,11 @@ def scalar(xp: Any, value: Any, dtype: str) -> Array:
     if isinstance(value, (bool, int, float)):
         return xp.convert_to_tensor(value, dtype=dtype)
     return xp.cast(value, dtype)
+
+
+def eps_in(xp: Any, eps: Array, dtype: str) -> Array:
+    """The eps of a step for tensors that are computed in a dtype, not yet cast to it."""
+    return eps if dtype_of(eps) == dtype else mathematics(xp).clamp_eps(eps, eps, SMALLEST_NORMAL[dtype])
 
 
 def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], unscale: Any, check: Check) -> Array:
@@ -112,6 +117,11 @@ class Pass(NamedTuple):
         """What multiplies one gradient."""
         return self.factors[i if len(self.factors) > 1 else 0]
 
+    def scalars_in(self, xp: Any, dtype: str) -> list[Array]:
+        """The scalars for tensors that are computed in a dtype, not yet cast to it."""
+        decay, *rest, eps, momentum, weight = self.scalars
+        return [decay, *rest, eps_in(xp, eps, dtype), momentum, weight]
+
 
 def update(
     xp: Any,
@@ -162,10 +172,11 @@ def update(
         lr=scalar(xp, now.lr, dtype),
         beta1=now.beta1 if isinstance(now.beta1, float) else scalar(xp, now.beta1, dtype),
         beta2=now.beta2 if isinstance(now.beta2, float) else scalar(xp, now.beta2, dtype),
-        eps=max(h.eps, SMALLEST_EPS) if h.eps else 0.0,
+        eps=h.eps,
         momentum_decay=h.momentum_decay,
         momentum_product=momentum_product,
     )
+    c = c._replace(eps=m.clamp_eps(h.eps, c.eps, SMALLEST_NORMAL[dtype]))
     decay = scalar(xp, now.lr, dtype) * (h.weight_decay or 0.0)
     moving = m.averaging(scalar(xp, h.ema_momentum, dtype), h.ema_overwrite_frequency, updates + 1)
     common = [scalar(xp, value, dtype) for value in (decay, *c, moving.momentum, moving.weight, *factors)]
@@ -184,7 +195,7 @@ def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tenso
     m = mathematics(xp)
     # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.
     own = dtype_of(tensor.exp_avg)
-    decay, *scalars, kept, weight = (xp.cast(value, own) for value in everything.scalars)
+    decay, *scalars, kept, weight = (xp.cast(value, own) for value in everything.scalars_in(xp, own))
     g = everything.whole[i] * xp.cast(everything.factor(i), own)
     if h.clipvalue is not None:
         g = m.limit(g, scalar(xp, h.clipvalue, own))

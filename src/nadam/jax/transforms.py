@@ -17,8 +17,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from nadam.core import rule
+from nadam.core.coefficients import SMALLEST_NORMAL
 from nadam.core.rebind import rebind
-from nadam.core.traced import SMALLEST_EPS, scalar
+from nadam.core.traced import eps_in, scalar
 from nadam.jax.checks import alike, check_gradients, check_trainable, number
 from nadam.jax.pure import XP
 from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
@@ -204,8 +205,8 @@ class _Scaled:
             momentum_product=product,
         )
         root = scalar(XP, c.eps, dtype)
-        least = max(eps, SMALLEST_EPS) if isinstance(eps, float) and eps else eps
-        rest = [root * least, root * root * eps_root, rate * scalar(XP, 0.0 if decay is None else decay, dtype)]
+        eps = mathematics(XP).clamp_eps(eps, root * eps, SMALLEST_NORMAL[dtype])
+        rest = [eps, root * root * eps_root, rate * scalar(XP, 0.0 if decay is None else decay, dtype)]
         return list(lax.optimization_barrier([scalar(XP, value, dtype) for value in (*c[:-1], *rest)])), product
 
     @property
@@ -278,7 +279,9 @@ def _leaf(
 ) -> tuple[Any, Any, Any]:
     """One parameter's update and new moments."""
     own = dtype_of(nu).name
-    *scalars, offset, decay = (value.astype(own) for value in values)
+    *scalars, eps, offset, decay = values
+    scalars.append(eps_in(XP, eps, own))
+    *scalars, offset, decay = (value.astype(own) for value in (*scalars, offset, decay))
     update, new_mu, new_nu = scaled.rule(offset)(0.0, XP.cast(grad, own), XP.cast(mu, own), nu, 0.0, *scalars)
     if decaying is not None:
         update = mathematics(XP).coupled(update, XP.cast(decaying, own), -decay)

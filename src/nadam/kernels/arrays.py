@@ -21,6 +21,7 @@ class Mathematics(NamedTuple):
     coupled: Callable[..., Any]
     average: Callable[..., Any]
     coefficients: Callable[..., Any]
+    clamp_eps: Callable[..., Any]
     averaging: Callable[..., Any]
     clip_factor: Callable[..., Any]
     global_clip_factor: Callable[..., Any]
@@ -41,12 +42,15 @@ def mathematics(xp: Any) -> Mathematics:
     def log(x: Any) -> Any:
         return coefficients.log(x) if isinstance(x, float) else xp.log(x)  # a constant's, in float64
 
+    def where(condition: Any, yes: Any, no: Any) -> Any:
+        return average.where(condition, yes, no) if isinstance(condition, bool) else xp.where(condition, yes, no)
+
     # Not the library's own, of which not all pass a NaN on.
     def minimum(value: Any, bound: Any) -> Any:
-        return xp.where(bound < value, bound, value)
+        return where(bound < value, bound, value)
 
     def maximum(value: Any, bound: Any) -> Any:
-        return xp.where(bound > value, bound, value)
+        return where(bound > value, bound, value)
 
     limits = {"minimum": minimum, "maximum": maximum, "TINY": float(np.finfo(np.float32).tiny)}
     clip_factor = rebind(gradient.clip_factor, **limits)
@@ -58,6 +62,7 @@ def mathematics(xp: Any) -> Mathematics:
         coupled=rebind(gradient.coupled),
         average=rebind(average.average),
         coefficients=rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **scalars),
+        clamp_eps=rebind(coefficients.clamp_eps, where=where, maximum=maximum),
         averaging=rebind(average.averaging, where=xp.where, Averaging=average.Averaging),
         clip_factor=clip_factor,
         global_clip_factor=rebind(gradient.global_clip_factor, clip_factor=clip_factor),

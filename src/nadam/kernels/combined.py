@@ -24,7 +24,7 @@ PASS, ARGUMENTS, NUM_TENSORS = range(3)
 NORMS, FINITE, SQUARE = range(3, 6)
 # Of `update`: parameters that show their own number of steps; where it is kept which tensors decay; every so many
 # updates the parameters take their averages; then float64.
-SHOWN, DECAYS, FREQUENCY, GRAD_FACTOR, TINY = range(3, 8)
+SHOWN, DECAYS, FREQUENCY, GRAD_FACTOR, SMALLEST = range(3, 8)
 LR, BETA1, BETA2, EPS, MOMENTUM_DECAY, DECAY, CLIPVALUE, EMA_MOMENTUM = range(8, 16)
 NEVER = 1 << 62
 
@@ -94,6 +94,6 @@ class Combined:
         words[PASS], words[ARGUMENTS] = native.address_of(self._pass), self._arguments
         words[SHOWN], words[FREQUENCY] = part.clock.shown, i.ema_overwrite_frequency or NEVER
         numbers = (i.lr, i.beta1, i.beta2, i.eps, i.momentum_decay, i.decay, i.clipvalue, i.ema_momentum or 0.0)
-        for place, number in enumerate((self._table.tiny, *numbers), TINY):
+        for place, number in enumerate((self._table.smallest, *numbers), SMALLEST):
             self._inputs[place] = number
         self._known = part[:3]

@@ -58,7 +58,7 @@ def one_pass(
     for formats, members in alike.items():
         own, width = COMPUTE_DTYPE[formats[0]], len(members)
         chosen = [tensors[i] for i in members]
-        decay, *scalars, momentum, weight = p.scalars
+        decay, *scalars, momentum, weight = p.scalars_in(jnp, own)
         values = (*scalars, p.unscale, inf if clipvalue is None else clipvalue, momentum, weight, p.overwrite)
         factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
         decays = [float(traits[i].decays) for i in members]

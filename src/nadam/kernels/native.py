@@ -235,7 +235,7 @@ def _environment() -> str:
 def _mathematics() -> str:
     """The functions that are compiled into the passes, as they are now."""
     passes = (rule.update, gradient.limit, gradient.coupled, average.average)
-    scalars = (coefficients.coefficients, coefficients.momentum, coefficients.log, average.averaging, average.where)
-    codes = [function.__code__ for function in (*passes, *scalars)]
+    scalars = (coefficients.coefficients, coefficients.momentum, coefficients.log, coefficients.clamp_eps)
+    codes = [function.__code__ for function in (*passes, *scalars, average.averaging, average.where)]
     constants = [coefficients.MOMENTUM_WARMUP]
     return repr([*constants, *((code.co_code, code.co_consts, code.co_names) for code in codes)])

@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 from nadam.core import average, coefficients
 from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.rebind import rebind
-from nadam.kernels import table
 from nadam.kernels.combined import (
     ARGUMENTS,
     BETA1,
@@ -33,11 +32,12 @@ from nadam.kernels.combined import (
     NUM_TENSORS,
     PASS,
     SHOWN,
+    SMALLEST,
     SQUARE,
-    TINY,
 )
 from nadam.kernels.formats import CASTS, FORMATS
 from nadam.kernels.memory import doubles, integers, pointer_to
+from nadam.kernels.numba import maximum
 from nadam.kernels.spans import (
     ADVANCED,
     CHUNK_COLUMNS,
@@ -111,8 +111,9 @@ def update(compute: str) -> Any:
     momentum = njit(rebind(coefficients.momentum, MOMENTUM_WARMUP=coefficients.MOMENTUM_WARMUP))
     names = {"log": log, "momentum": momentum, "sqrt": math.sqrt, "expm1": math.expm1}
     scalars = njit(rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **names))
-    averaging = njit(rebind(average.averaging, where=njit(rebind(average.where)), Averaging=average.Averaging))
-    held = njit(rebind(table.held))
+    where = njit(rebind(average.where))
+    averaging = njit(rebind(average.averaging, where=where, Averaging=average.Averaging))
+    clamp_eps = njit(rebind(coefficients.clamp_eps, where=where, maximum=maximum))
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):
@@ -130,7 +131,7 @@ def update(compute: str) -> Any:
             momentum_product=clock[MOMENTUM_PRODUCT],
         )
         kept, weight, overwrite = averaging(x[EMA_MOMENTUM], b[FREQUENCY], step)
-        eps, rest = held(c.eps, x[TINY]), (1.0, x[CLIPVALUE], kept, weight)
+        eps, rest = clamp_eps(x[EPS], c.eps, x[SMALLEST]), (1.0, x[CLIPVALUE], kept, weight)
         target = values(arguments[EXTRA + 2])
         made = (c.exp_avg_weight, c.exp_avg_sq_weight, c.exp_avg_step, c.grad_step, eps, *rest)
         for k, value in enumerate(made):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nadam.core.average import Averaging
 from nadam.core.clock import Commit
-from nadam.core.coefficients import Coefficients
+from nadam.core.coefficients import SMALLEST_NORMAL, Coefficients, clamp_eps
 from nadam.kernels import native, spans
 from nadam.kernels.threads import get_num_threads, share_out
 
@@ -48,8 +48,7 @@ class Table:
         self.compute = spans.COMPUTE_DTYPE[param_format]
         self.chunks = spans.spans(self.sizes)
         self.worth_sharing = sum(self.sizes) >= WORTH_SHARING
-        limits = np.finfo(self.compute)
-        self.largest, self.tiny = float(limits.max), float(limits.smallest_subnormal)
+        self.largest, self.smallest = float(np.finfo(self.compute).max), SMALLEST_NORMAL[self.compute]
         n = len(self.sizes)
         self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
         self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
@@ -159,16 +158,12 @@ class Table:
             commit: The counters before and after.
         """
         momentum, weight, overwrite = averaging if averaging is not None else (0.0, 0.0, False)
-        rest = (held(c.eps, self.tiny), 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
+        eps = clamp_eps(c.eps, c.eps, self.smallest)
+        rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
         self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
         self._update_block[0][spans.EXTRA + 3] = overwrite
         variant = (unscale is not None, clipvalue < inf, averaging is not None, coupled, self.rounded)
         self._run("one_pass", commit, *variant)
-
-
-def held(eps: float, tiny: float) -> float:
-    """An eps that is not zero stays so in the compute dtype, whose smallest number is ``tiny``."""
-    return max(eps, tiny) if eps else 0.0
 
 
 def address(array: NDArray[Any]) -> int:

@@ -84,6 +84,7 @@ _momentum = compiled(coefficients.momentum, power=power, MOMENTUM_WARMUP=tl.cons
 step_coefficients = compiled(
     coefficients.coefficients, momentum=_momentum, sqrt=root, expm1=expm1, log=_log, Coefficients=_five
 )
+clamp_eps = compiled(coefficients.clamp_eps, where=_where, maximum=maximum)
 clip_factor = compiled(gradient.clip_factor, minimum=minimum, maximum=maximum, TINY=tl.constexpr(gradient.TINY))
 global_clip_factor = compiled(gradient.global_clip_factor, clip_factor=clip_factor)
 

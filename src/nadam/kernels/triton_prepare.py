@@ -9,9 +9,17 @@ import triton
 import triton.language as tl
 
 from nadam.core import clock
+from nadam.core.coefficients import SMALLEST_NORMAL
 from nadam.kernels import spans
 from nadam.kernels.triton import KEY, PARTIALS, SCALARS, SHRINK
-from nadam.kernels.triton_formats import INFINITY, averaging, clip_factor, global_clip_factor, step_coefficients
+from nadam.kernels.triton_formats import (
+    INFINITY,
+    averaging,
+    clamp_eps,
+    clip_factor,
+    global_clip_factor,
+    step_coefficients,
+)
 
 WARPS = 8
 BLOCK = 2048  # partial sums, or tensors, at once
@@ -24,6 +32,7 @@ _MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CL
 _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
     tl.constexpr(i) for i in (clock.CALLS, clock.MOMENTUM_PRODUCT, clock.SKIPPED, clock.SEEN)
 )
+_SMALLEST32, _SMALLEST64 = (tl.constexpr(SMALLEST_NORMAL[name]) for name in ("float32", "float64"))
 _PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK)
 _COLUMNS, _GRAD, _KEY = tl.constexpr(spans.COLUMNS), tl.constexpr(spans.GRAD), tl.constexpr(KEY)
 
@@ -223,7 +232,8 @@ def prepare(
     _put(scalars32, scalars64, _W2, exp_avg_sq_weight)
     _put(scalars32, scalars64, _EXP_AVG_STEP, exp_avg_step)
     _put(scalars32, scalars64, _GRAD_STEP, grad_step)
-    _put(scalars32, scalars64, _EPS, small)
+    tl.store(scalars32 + _EPS, clamp_eps(_wide(eps), small, _wide(_SMALLEST32)).to(tl.float32))
+    tl.store(scalars64 + _EPS, clamp_eps(_wide(eps), small, _wide(_SMALLEST64)))
     _put(scalars32, scalars64, _UNSCALE, multiplier)
     _put(scalars32, scalars64, _CLIPVALUE, _wide(clip))
     _put(scalars32, scalars64, _KEPT, kept)

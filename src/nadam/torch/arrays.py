@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nadam.core.average import Averaging
 from nadam.core.clock import Commit
-from nadam.core.coefficients import Coefficients
+from nadam.core.coefficients import Coefficients, clamp_eps
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import Part
@@ -132,7 +132,10 @@ class ArraysPlan:
             grads = m.coupled(grads, wide, decay)
         exp_avg_sqs = Lists([row.state["exp_avg_sq"] for row in rows])
         exp_avgs = Lists([row.state["exp_avg"].to(row.state["exp_avg_sq"].dtype) for row in rows])
-        params, exp_avgs, new = m.update(wide, grads, exp_avgs, exp_avg_sqs, 0.0 if coupled else decay, *c)
+        *scalars, eps = c
+        floors = [clamp_eps(eps, eps, torch.finfo(each.dtype).smallest_normal) for each in exp_avg_sqs.tensors]
+        scalars.append(floors[0] if len(set(floors)) == 1 else _scalars(floors, exp_avg_sqs))
+        params, exp_avgs, new = m.update(wide, grads, exp_avgs, exp_avg_sqs, 0.0 if coupled else decay, *scalars)
         torch._foreach_copy_(exp_avg_sqs.tensors, new.tensors)
         for row, exp_avg, key in zip(rows, exp_avgs.tensors, keys(self.seed, step, self.members).tolist(), strict=True):
             rounded = row.state["exp_avg"].dtype == torch.bfloat16
@@ -208,6 +211,8 @@ def differentiable_step(h: Hyperparameters, now: Now, rows: Sequence[Row]) -> No
             momentum_decay=h.momentum_decay,
             momentum_product=product,
         )
+        # The scalars are those of `step`, float32 whatever the parameters are.
+        c = c._replace(eps=m.clamp_eps(h.eps, c.eps, torch.finfo(torch.float32).smallest_normal))
         decay = h.weight_decay or 0.0
         if h.coupled_weight_decay:
             grad, decay = m.coupled(grad, row.param, decay), 0.0
