@@ -22,3 +22,18 @@ def test_a_thousand_float32_steps_are_as_good_as_rounding_allows(settings):
     error = np.sqrt(np.mean((param - exact.p[0]) ** 2))
     floor = np.sqrt(np.mean((rounded.p[0] - exact.p[0]) ** 2))
     assert error <= 1.1 * floor
+
+
+def test_the_second_moment_has_no_bias():
+    """Unlike one of two weights, whose sum is not 1 once each is rounded (docs/semantics.md)."""
+    rng, beta2 = np.random.default_rng(0), 0.999
+    means = rng.uniform(0.1, 3.0, 500)
+    param, optimizer = np.zeros(500, np.float32), nadam.Nadam(beta_2=beta2)
+    weighted, exact = np.zeros(500, np.float32), np.zeros(500)
+    for _ in range(20_000):
+        grad = (means * (1 + 0.1 * rng.standard_normal(500))).astype(np.float32)
+        optimizer.apply([grad], [param])
+        weighted = np.float32(beta2) * weighted + np.float32(1 - beta2) * grad * grad
+        exact += (grad.astype(np.float64) ** 2 - exact) * (1 - beta2)
+    assert abs(np.mean(optimizer.variables[3] / exact - 1)) < 2e-7
+    assert np.mean(weighted / exact - 1) == pytest.approx(1.3e-5, rel=0.1)
