@@ -302,12 +302,12 @@ class Nadam(Settings):
         Raises:
             ValueError: The optimizer is not built.
         """
-        from nadam import checkpoint
+        from nadam.numpy import state as states
 
         with self._lock:
             self._check_idle("state_dict")
             lr = None if callable(self._hyper.lr) else self._hyper.lr
-            return checkpoint.state_dict(self._built("state_dict"), lr)
+            return states.state_dict(self._built("state_dict"), lr)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; parameters are matched by name.
@@ -319,11 +319,11 @@ class Nadam(Settings):
             ValueError: The optimizer is not built, or the state is another's, incomplete, damaged or not finite; it
                 says what is wrong, and nothing has changed.
         """
-        from nadam import checkpoint
+        from nadam.numpy import state as states
 
         with self._lock:
             self._check_idle("load_state_dict")
-            lr = checkpoint.load_state_dict(self._built("load_state_dict"), state)
+            lr = states.load_state_dict(self._built("load_state_dict"), state)
             if lr is not None and not callable(self._hyper.lr):
                 self._hyper = replace(self._hyper, lr=lr)
 
