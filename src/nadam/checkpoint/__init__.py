@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nadam.checkpoint.atomic import replacing
 
 # A file: this line, the SHA-256 of the rest, then an .npz archive.
 MAGIC = b"nadam checkpoint 1\n"
@@ -23,8 +22,11 @@ BFLOAT16 = "bfloat16"
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a state to a file. Whatever happens meanwhile, the file is the old one or the new one, whole.
 
+    A file that is there is replaced and keeps its mode; of a symbolic link, what it points to. What processes that were
+    killed while they saved to the same path have left is removed, where the system can lock files.
+
     Args:
-        path: Of the file; a file that is there is replaced.
+        path: Of the file.
         state: What ``state_dict`` gave, or any dict of that kind: nested dicts, lists and tuples of arrays, tensors of
             PyTorch, arrays of JAX (which come back as NumPy's), numbers and strings.
 
@@ -43,23 +45,13 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """
     arrays: dict[str, NDArray[Any]] = {}
     text = json.dumps(_without_arrays(state, arrays))
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            file.write(MAGIC + bytes(hashlib.sha256().digest_size))
-            start = file.tell()
-            np.savez(file, **{_TREE: np.array(text), **arrays})  # type: ignore[arg-type]
-            digest = _digest(file, start)
-            file.seek(len(MAGIC))
-            file.write(digest)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(FileNotFoundError):  # an interrupt came when the file was in its place already
-            os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        file.write(MAGIC + bytes(hashlib.sha256().digest_size))
+        start = file.tell()
+        np.savez(file, **{_TREE: np.array(text), **arrays})  # type: ignore[arg-type]
+        digest = _digest(file, start)
+        file.seek(len(MAGIC))
+        file.write(digest)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
