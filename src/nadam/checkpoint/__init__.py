@@ -1,22 +1,28 @@
-"""Checkpoint files of any host's state: written whole or not at all, refused when damaged."""
+"""Checkpoint files of any host's state: written whole or not at all, refused when damaged, run no code when read."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from nadam.checkpoint import tree
 from nadam.checkpoint.atomic import replacing
 
-# A file: this line, the SHA-256 of the rest, then an .npz archive.
+# A file: this line, the SHA-256 of the rest, then an .npz archive of the arrays and, in JSON, what they are in.
 MAGIC = b"nadam checkpoint 1\n"
+DIGEST = hashlib.sha256().digest_size
 BLOCK = 1 << 20
-BFLOAT16 = "bfloat16"
+TREE = "tree"
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -27,12 +33,16 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
     Args:
         path: Of the file.
-        state: What ``state_dict`` gave, or any dict of that kind: nested dicts, lists and tuples of arrays, tensors of
-            PyTorch, arrays of JAX (which come back as NumPy's), numbers and strings.
+        state: What ``state_dict`` gave, or any nested dicts, lists and tuples of None, bools, ints, floats, strings,
+            arrays and scalars of NumPy, tensors of PyTorch and arrays of JAX. Keys may be tuples as well. All comes
+            back equal and of its type, but other mappings as dicts, tensors on the CPU and without their graph, and
+            arrays of JAX as NumPy's. Subclasses (named tuples, masked arrays), sparse and quantized tensors, JAX's
+            typed keys and other objects are refused.
 
     Raises:
-        TypeError: Something else in the state. A file that was there is left as it was, also by the next.
-        OSError: The file cannot be written.
+        TypeError: Something else in the state; it says where. Nothing has been written, also by the next.
+        ValueError: Nested more than 100 deep, or an integer too long for Python to print.
+        OSError: The file cannot be written. One that was there is left as it was.
 
     Example:
         >>> import nadam, tempfile
@@ -44,18 +54,17 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         1
     """
     arrays: dict[str, NDArray[Any]] = {}
-    text = json.dumps(_without_arrays(state, arrays))
+    text = json.dumps(tree.encode(state, arrays))
     with replacing(path) as file:
-        file.write(MAGIC + bytes(hashlib.sha256().digest_size))
-        start = file.tell()
-        np.savez(file, **{_TREE: np.array(text), **arrays})  # type: ignore[arg-type]
-        digest = _digest(file, start)
+        file.write(MAGIC + bytes(DIGEST))
+        np.savez(file, **{TREE: np.array(text)}, **arrays)  # type: ignore[arg-type]
+        digest = _digest(file)
         file.seek(len(MAGIC))
         file.write(digest)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a state from a file.
+    """Read a state from a file. A crafted one runs no code and takes no more memory than in proportion to its size.
 
     Args:
         path: Of a file that `save` wrote.
@@ -64,96 +73,61 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         The state, for ``load_state_dict``.
 
     Raises:
-        ValueError: The file is no checkpoint, cut off or damaged.
+        ValueError: The file is no checkpoint, cut off, damaged, or not as `save` writes it.
         OSError: The file cannot be read.
+        ImportError: It holds tensors of PyTorch, or dtypes of ml_dtypes, which is not installed.
     """
     with open(path, "rb") as file:
-        head = file.read(len(MAGIC))
-        if head != MAGIC:
+        if file.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{os.fspath(path)}: not a nadam checkpoint, or its beginning is damaged")
-        digest = file.read(hashlib.sha256().digest_size)
-        start = file.tell()
-        if _digest(file, start) != digest:
+        if file.read(DIGEST) != _digest(file):
             raise ValueError(f"{os.fspath(path)}: the file is damaged or cut off: its checksum is another")
-        file.seek(start)
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    state: dict[str, Any] = _with_arrays(json.loads(str(arrays[_TREE])), arrays)
+        try:
+            state: dict[str, Any] = _state(file)
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:  # the digest is right, so somebody made it so
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek to nowhere gives
+                raise
+            raise ValueError(f"{os.fspath(path)}: not as nadam writes it: {error!r}") from error
     return state
 
 
-def _digest(file: BinaryIO, start: int) -> bytes:
-    file.seek(start)
+def _digest(file: BinaryIO) -> bytes:
+    file.seek(len(MAGIC) + DIGEST)
     digest = hashlib.sha256()
     while block := file.read(BLOCK):
         digest.update(block)
     return digest.digest()
 
 
-# In the JSON text an array is its name in the archive and its dtype, marked by a key that no other dict has alone; so
-# are a dict whose keys are not all strings, and a tuple.
-_ARRAY, _ITEMS, _TUPLE = "__array__", "__items__", "__tuple__"
-_TREE, _TORCH = "tree", "torch."
+def _state(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("compressed")
+        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+            raise ValueError("the arrays are longer than the file")
+        arrays = {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
+    if len(arrays) < len(members):
+        raise ValueError("two arrays of one name")
+    state = tree.decode(json.loads(arrays.pop(TREE).item()), arrays)
+    if arrays:
+        raise ValueError(f"arrays that nothing refers to: {sorted(arrays)[:3]}")
+    return state
 
 
-def _without_arrays(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
-            return {key: _without_arrays(item, arrays) for key, item in value.items()}
-        return {_ITEMS: [[key, _without_arrays(item, arrays)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        items = [_without_arrays(item, arrays) for item in value]
-        return items if isinstance(value, list) else {_TUPLE: items}
-    dtype = ""
-    if type(value).__module__.partition(".")[0] in ("jax", "jaxlib") and hasattr(value, "dtype"):
-        value = np.asarray(value)
-    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "numpy"):
-        dtype, value = _TORCH + str(value.dtype).removeprefix(_TORCH), _plain(value)
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            raise TypeError(f"an array of {value.dtype} cannot be saved")
-        name = f"array{len(arrays)}"
-        # NumPy's format has no bfloat16: its bits are stored, and its name.
-        arrays[name] = value.view(np.uint16) if value.dtype.name == BFLOAT16 else value
-        return {_ARRAY: [name, dtype or value.dtype.name]}
-    return value
-
-
-def _plain(tensor: Any) -> NDArray[Any]:
-    """A tensor of PyTorch as an array, of integers for bfloat16."""
-    import torch
-
-    if hasattr(tensor, "to_local"):
-        raise TypeError("a tensor that is split over processes cannot be saved; torch.distributed.checkpoint can")
-    plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    array: NDArray[Any] = (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
-    return array
-
-
-def _tensor(array: NDArray[Any], dtype: str) -> Any:
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == _TORCH + BFLOAT16 else tensor
-
-
-def _bfloat16() -> Any:
-    import ml_dtypes  # only where a file holds such an array
-
-    return ml_dtypes.bfloat16
-
-
-def _with_arrays(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    if isinstance(value, list):
-        return [_with_arrays(item, arrays) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {_ARRAY}:
-        name, dtype = value[_ARRAY]
-        if dtype.startswith(_TORCH):
-            return _tensor(arrays[name], dtype)
-        return arrays[name].view(_bfloat16()) if dtype == BFLOAT16 else arrays[name]
-    if set(value) == {_TUPLE}:
-        return tuple(_with_arrays(item, arrays) for item in value[_TUPLE])
-    pairs = value[_ITEMS] if set(value) == {_ITEMS} else value.items()
-    return {key: _with_arrays(item, arrays) for key, item in pairs}
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    """An array whose header is that of the bytes that follow it: NumPy makes room for what a header says."""
+    with archive.open(member) as entry:
+        # Versions 2 and 3 differ in the encoding of the names of a structured dtype's fields.
+        read = npy.read_array_header_1_0 if npy.read_magic(entry) == (1, 0) else npy.read_array_header_2_0
+        try:
+            shape, _, dtype = read(entry)
+        except MemoryError as error:  # what Python's parser says of deep nesting
+            raise ValueError(f"{member.filename}: no header of an array") from error
+        held = member.file_size - entry.tell()
+        if not dtype.itemsize or math.prod(shape) * dtype.itemsize != held:
+            raise ValueError(f"{member.filename}: shape {shape} and dtype {dtype}, in {held} bytes")
+    with archive.open(member) as entry:
+        return npy.read_array(entry, allow_pickle=False)
