@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from math import nan
-from threading import RLock
 from typing import Any
 
 import keras
 
 from nadam.core import traced
 from nadam.core.clock import Clock
+from nadam.core.exclusive import Exclusive
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
@@ -28,7 +28,7 @@ _CLASSES = {
 # The report variable, where there is one, holds gradient norm, clip factor and, here, how many calls were skipped.
 SKIPPED = 2
 # What a copy of an optimizer has for itself.
-OWN = ("lock", "clock", "unsettled", "busy", "on_cpu", "plans")
+OWN = ("exclusive", "clock", "unsettled", "on_cpu", "plans")
 
 
 class Runtime:
@@ -41,27 +41,10 @@ class Runtime:
         self.excluded_keys: set[Any] = set()  # of variables that Keras's own optimizer was told to exclude
         self.excluded_patterns: list[str] = []
         self.pending: Any = None  # state that was loaded before the optimizer is built
-        self.busy = False
         self.report: StepReport | None = None  # of the last eager step
         self.reported_at = (0, 0)  # calls and skipped ones after it
         self.window: tuple[int, set[int]] = (0, set())  # calls so far, and which had a gradient since the last update
         self._forget()
-
-    @contextmanager
-    def alone(self, method: str) -> Iterator[None]:
-        """Keeps other threads out; a signal handler that comes in the middle of a step is refused.
-
-        Raises:
-            RuntimeError: There is a step at work on this thread.
-        """
-        with self.lock:
-            if self.busy:
-                raise RuntimeError(f"{method}: called from within a step, as by a signal handler")
-            try:
-                self.busy = True
-                yield
-            finally:
-                self.busy = False
 
     def note(self, calls: int, report: StepReport) -> None:
         """Keep what an eager step did.
@@ -87,10 +70,9 @@ class Runtime:
         self.window = calls + 1, set() if updated else self.seen(calls) | set(members)
 
     def _forget(self) -> None:
-        self.lock = RLock()
+        self.exclusive = Exclusive()
         self.clock: Clock | None = None
         self.unsettled: bool = False  # whether the clock may be ahead of the variables
-        self.busy = False
         self.on_cpu = False
         self.plans: dict[Any, Any] = {}
 
@@ -118,10 +100,9 @@ class Backend:
         """An initializer that gives a variable's present value."""
         return lambda shape, dtype: keras.ops.cast(keras.ops.copy(getattr(variable, "value", variable)), dtype)
 
-    def alone(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """Around a step."""
-        alone: AbstractContextManager[None] = optimizer._runtime.alone("apply")
-        return alone
+    def alone(self, optimizer: Optimizer, work: Callable[..., None], *args: Any) -> None:
+        """Do a step, ``work(*args)``, while no other thread does one."""
+        optimizer._runtime.exclusive.run("apply", work, *args)
 
     def settle(self, optimizer: Optimizer) -> None:
         """Before anyone looks at the variables."""

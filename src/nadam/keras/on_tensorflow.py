@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from math import inf, nan
 from typing import Any, NamedTuple
@@ -89,9 +89,11 @@ class TensorFlowBackend(Backend):
             target, lambda to, value: to.assign(tf.cast(value, to.dtype)), args=(source.value,)
         )
 
-    def alone(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        # Replicas are threads that wait for one another in the middle of a step.
-        return nullcontext() if optimizer._distribution_strategy.num_replicas_in_sync > 1 else super().alone(optimizer)
+    def alone(self, optimizer: Optimizer, work: Callable[..., None], *args: Any) -> None:
+        if optimizer._distribution_strategy.num_replicas_in_sync > 1:
+            work(*args)  # replicas are threads that wait for one another in the middle of a step
+        else:
+            super().alone(optimizer, work, *args)
 
     def step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
         slots = optimizer._runtime.slots

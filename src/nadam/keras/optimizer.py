@@ -201,11 +201,11 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
         """
         if getattr(self, "built", False):
             return
-        with self._runtime.lock:
-            if not self.built:  # by another thread meanwhile
-                self._build(list(variables))
+        self._runtime.exclusive.run("build", self._build, list(variables))
 
     def _build(self, variables: list[Any]) -> None:
+        if getattr(self, "built", False):  # by another thread meanwhile
+            return
         with backend.building():
             created, self._momentum_product = slots.create(self, variables)
             if self.skip_nonfinite:
@@ -292,11 +292,8 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
             trainable_variables = list(trainable_variables)
             self.build(trainable_variables)
         members, grads = calls.paired(self, grads, trainable_variables)
-        with backend.alone(self):
-            if self._runtime.overwritten:
-                calls.step_and_overwrite(self, members, grads)
-            else:
-                backend.step(self, members, grads)
+        step = calls.step_and_overwrite if self._runtime.overwritten else backend.step
+        backend.alone(self, step, self, members, grads)
 
     def _now(self, count: Any) -> Now:
         return calls.now(self, count)

@@ -19,12 +19,12 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import llvmlite.binding as llvm
 
 from nadam.core import average, coefficients, gradient, rule
+from nadam.core.exclusive import loading
 
 _DIGEST = hashlib.sha256().digest_size
 _SYMBOL_END = b"\n"
@@ -49,7 +49,6 @@ define void @task(i64 %scratch) {{
 # What LLVM makes of loops that fill or copy; without Numba in the process it would find none of these.
 _LIBRARY = {"memset": ctypes.memset, "memcpy": ctypes.memmove, "memmove": ctypes.memmove}
 _FUNCTIONS = ("pow", "log", "expm1")  # of the C library that Python's own `math` calls
-_lock = Lock()
 _kernels: dict[tuple[Any, ...], Any] = {}
 _addresses: dict[Any, int] = {}
 _engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
@@ -94,7 +93,7 @@ def handler(name: str, *variant: Any) -> int:
 
 
 def _make(load: Callable[[str, bytes], Any], module: str, name: str, variant: tuple[Any, ...]) -> Any:
-    with _lock:
+    with loading():
         if (module, name, variant) in _kernels:  # by another thread meanwhile
             return _kernels[module, name, variant]
         path = _path(f"{module}-{name}" + "".join(f"-{part}" for part in variant))

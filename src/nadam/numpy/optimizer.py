@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from threading import RLock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.exclusive import Exclusive, loading
 from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
 from nadam.core.settings import SPELLING, Settings
@@ -114,8 +114,7 @@ class Nadam(Settings):
         )
         self._parameters: Parameters | None = None
         self._exclusion = Exclusion([], [])
-        self._lock = RLock()
-        self._busy = False
+        self._exclusive = Exclusive()
 
     @property
     def built(self) -> bool:
@@ -171,17 +170,21 @@ class Nadam(Settings):
             ValueError: A read-only array, one that overlaps itself or another, or other arrays than those it was built
                 with.
         """
-        with self._lock:
-            if self._parameters is None:
-                self._parameters = self._prepared(variables)
-            elif not self._parameters.are(variables):
-                raise ValueError(
-                    "variables: the optimizer is built with other arrays already; make a new one for these"
-                )
+        self._exclusive.run("build", self._build, variables)
+
+    def _build(self, variables: Any) -> None:
+        if self._parameters is None:
+            self._parameters = self._prepared(variables)
+        elif not self._parameters.are(variables):
+            raise ValueError("variables: the optimizer is built with other arrays already; make a new one for these")
 
     def _prepared(self, variables: Any) -> Parameters:
         h = self._hyper
         accumulate = h.gradient_accumulation_steps is not None
+        with loading():  # all that a first step imports
+            from numpy import ma  # noqa: F401
+
+            from nadam.kernels import plan, rows  # noqa: F401
         return Parameters(variables, average=h.use_ema, accumulate=accumulate, exclusion=self._exclusion)
 
     def exclude_from_weight_decay(
@@ -243,31 +246,20 @@ class Nadam(Settings):
 
     def _step(self, grads: Any, variables: Any, loss_scale: float, *, must_be_finite: bool) -> bool:
         """Do one step; gives whether it was not skipped."""
-        with self._lock:
-            self._check_idle("apply")
-            parameters = self._parameters
-            if parameters is None:
-                if variables is None:
-                    raise ValueError(
-                        "variables: expected the arrays to train, on the first call or in build() before it"
-                    )
-                parameters = self._prepared(variables)
-            now = self._hyper.at(parameters.clock.calls)
-            plan, _held = parameters.plan(grads, variables)
-            self._parameters = parameters
-            self._busy = True
-            try:
-                part = Part(self._hyper, now, parameters.clock, plan)
-                report = step([part], loss_scale=loss_scale, must_be_finite=must_be_finite)
-            finally:
-                self._busy = False
-            self.last_step = report
-            return not report.skipped
+        return self._exclusive.run("apply", self._step_alone, grads, variables, loss_scale, must_be_finite)
 
-    def _check_idle(self, method: str) -> None:
-        """The lock keeps other threads out, but not a signal handler that runs in the middle of a step."""
-        if self._busy:
-            raise RuntimeError(f"{method}: called from within a step, as by a signal handler")
+    def _step_alone(self, grads: Any, variables: Any, loss_scale: float, must_be_finite: bool) -> bool:
+        parameters = self._parameters
+        if parameters is None:
+            if variables is None:
+                raise ValueError("variables: expected the arrays to train, on the first call or in build() before it")
+            parameters = self._prepared(variables)
+        now = self._hyper.at(parameters.clock.calls)
+        plan, _held = parameters.plan(grads, variables)
+        self._parameters = parameters
+        part = Part(self._hyper, now, parameters.clock, plan)
+        self.last_step = report = step([part], loss_scale=loss_scale, must_be_finite=must_be_finite)
+        return not report.skipped
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``."""
@@ -286,15 +278,17 @@ class Nadam(Settings):
         """
         if not self._hyper.use_ema or self._parameters is None:
             return
-        with self._lock:
-            parameters = self._parameters
-            chosen: Sequence[int] = range(len(parameters.entries))
-            if variables is not None:
-                items = variables.items() if isinstance(variables, Mapping) else enumerate(variables)
-                chosen = [parameters.index_of(array, label) for label, array in items]
-            for i in chosen:
-                entry = parameters.entries[i]
-                entry.array[...] = entry.ema
+        self._exclusive.run("finalize_variable_values", self._finalize, self._parameters, variables)
+
+    @staticmethod
+    def _finalize(parameters: Parameters, variables: Any) -> None:
+        chosen: Sequence[int] = range(len(parameters.entries))
+        if variables is not None:
+            items = variables.items() if isinstance(variables, Mapping) else enumerate(variables)
+            chosen = [parameters.index_of(array, label) for label, array in items]
+        for i in chosen:
+            entry = parameters.entries[i]
+            entry.array[...] = entry.ema
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training goes on from, copied: counters and, by the parameters' names, arrays.
@@ -302,12 +296,13 @@ class Nadam(Settings):
         Raises:
             ValueError: The optimizer is not built.
         """
+        return self._exclusive.run("state_dict", self._state_dict)
+
+    def _state_dict(self) -> dict[str, Any]:
         from nadam.numpy import state as states
 
-        with self._lock:
-            self._check_idle("state_dict")
-            lr = None if callable(self._hyper.lr) else self._hyper.lr
-            return states.state_dict(self._built("state_dict"), lr)
+        lr = None if callable(self._hyper.lr) else self._hyper.lr
+        return states.state_dict(self._built("state_dict"), lr)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; parameters are matched by name.
@@ -319,13 +314,14 @@ class Nadam(Settings):
             ValueError: The optimizer is not built, or the state is another's, incomplete, damaged or not finite; it
                 says what is wrong, and nothing has changed.
         """
+        self._exclusive.run("load_state_dict", self._load_state_dict, state)
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         from nadam.numpy import state as states
 
-        with self._lock:
-            self._check_idle("load_state_dict")
-            lr = states.load_state_dict(self._built("load_state_dict"), state)
-            if lr is not None and not callable(self._hyper.lr):
-                self._hyper = replace(self._hyper, lr=lr)
+        lr = states.load_state_dict(self._built("load_state_dict"), state)
+        if lr is not None and not callable(self._hyper.lr):
+            self._hyper = replace(self._hyper, lr=lr)
 
     def _built(self, method: str) -> Parameters:
         if self._parameters is None:
@@ -334,8 +330,8 @@ class Nadam(Settings):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; a lock has no copy."""
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name != "_exclusive"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = RLock()
+        self._exclusive = Exclusive()

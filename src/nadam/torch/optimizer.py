@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from threading import RLock
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from nadam.core.clock import Clock
+from nadam.core.exclusive import Exclusive
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport, step
 from nadam.kernels.tensors import real
@@ -145,7 +146,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._skipped = 0
         self._position = 0
         self.last_step: StepReport | None = None
-        self._lock, self._busy = RLock(), False
+        self._clock: Clock | None = None  # of an accumulating step at work
+        self._exclusive = Exclusive()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_keeping")}
@@ -220,18 +222,13 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if self.defaults["differentiable"]:
             self._differentiable_step()
             return loss
-        with self._lock:
-            if self._busy:
-                raise RuntimeError("step: called from within a step, as by a signal handler")
-            self._busy = True
-            try:
-                self._kernel_step()
-            finally:
-                self._busy = False
+        self._exclusive.run("step", self._kernel_step)
         return loss
 
     def _kernel_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+        self._settle()
+        self._clock = None
         if self._may_be_on_gpu():
             done = self._gpu.step(self.param_groups, self.state, self._position, self._skipped, scale, found)
             if done is not NotImplemented:
@@ -249,14 +246,15 @@ class NAdam(Optimizer):  # type: ignore[misc]
         parts, params = self._parts.now(self.param_groups, self.state, self._position)
         if not parts:
             return
+        if self._extras["gradient_accumulation_steps"] is not None:
+            self._clock = parts[0].clock
         try:
             combine = combiner(params) if self._measures and self._parts.sharded else None
             report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
         finally:
             increment_version(params)
-            accumulation_steps = parts[0].h.gradient_accumulation_steps
-            if accumulation_steps is not None:
-                self._position = parts[0].clock.calls % accumulation_steps
+            self._settle()
+            self._clock = None
             self._parts.release()
         self._skipped += report.skipped
         self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
@@ -265,8 +263,17 @@ class NAdam(Optimizer):  # type: ignore[misc]
         params = self.param_groups[0]["params"]
         return bool(params) and params[0].device.type in gpu_parts.DEVICES
 
+    def _settle(self) -> None:
+        """Take over how many calls there were since the last update, which the kernel itself counts.
+
+        Where an interrupt, or a fork on another thread, keeps a step from doing so, whoever asks next does it.
+        """
+        if self._clock is not None:
+            self._position = self._clock.calls % self._extras["gradient_accumulation_steps"]
+
     def _counters(self) -> tuple[int, int]:
         """Calls since the last update, with accumulation, and calls that were skipped."""
+        self._settle()
         return self._gpu.position(self._position), self._skipped + self._gpu.skipped()
 
     def _skip(self) -> None:
