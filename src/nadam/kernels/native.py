@@ -3,17 +3,15 @@
 Numba's own cache fails where ours must not: a truncated or damaged file is loaded and run, a read-only home is an
 import error, a function keeps its old code when one that it inlines has changed, and starting Numba costs a second.
 Here a file's name is a digest of everything that the machine code depends on and the file begins with a digest of the
-rest, so what is loaded is what was written, by this very source; and whatever goes wrong, the kernel is compiled in
-memory instead.
+rest (disk.py), so what is loaded is what was written, by this very source; and whatever goes wrong, the kernel is
+compiled in memory instead.
 """
 
 import ctypes
 import hashlib
 import importlib
 import os
-import stat
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
@@ -25,8 +23,8 @@ import llvmlite.binding as llvm
 
 from nadam.core import average, coefficients, gradient, rule
 from nadam.core.exclusive import loading
+from nadam.kernels import disk
 
-_DIGEST = hashlib.sha256().digest_size
 _SYMBOL_END = b"\n"
 # What C calls: a function of XLA's interface, which hands on where to put an error and how threads may call it back.
 _HANDLER = """
@@ -97,10 +95,11 @@ def _make(load: Callable[[str, bytes], Any], module: str, name: str, variant: tu
         if (module, name, variant) in _kernels:  # by another thread meanwhile
             return _kernels[module, name, variant]
         path = _path(f"{module}-{name}" + "".join(f"-{part}" for part in variant))
-        content = _read(path)
+        content = None if path is None else disk.read(path)
         if content is None:
             content = _compile(module, name, variant)
-            _write(path, content)
+            if path is not None:
+                disk.write(path, content)
         symbol, machine_code = content.split(_SYMBOL_END, 1)
         made = _kernels[module, name, variant] = load(symbol.decode(), machine_code)
         return made
@@ -166,55 +165,14 @@ def mathematical_functions() -> dict[str, Any]:
     return {}
 
 
-def _read(path: Path | None) -> bytes | None:
-    with suppress(Exception):
-        if path is not None:
-            content = path.read_bytes()
-            if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
-                return content[_DIGEST:]
-    return None
-
-
-def _write(path: Path | None, content: bytes) -> None:
-    with suppress(Exception):
-        if path is not None:
-            handle, temporary = tempfile.mkstemp(dir=path.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(content).digest() + content)
-                os.replace(temporary, path)  # at once: another process sees the old file, the new one or none
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                raise
-
-
 def _path(name: str) -> Path | None:
     """Where the machine code of a kernel is kept; None where there is no place that only this user can write to."""
+    folder = disk.folder()
     with suppress(Exception):
-        folder = cache_directory()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if hasattr(os, "geteuid"):
-            status = folder.stat()
-            if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
-                return None
-        key = f"{name} {_environment()} {_mathematics()}"
-        return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
+        if folder is not None:
+            key = f"{name} {_environment()} {_mathematics()}"
+            return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.kernel"
     return None
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: the environment's NADAM_CACHE_DIR, or ``nadam`` in the user's cache folder."""
-    asked = os.environ.get("NADAM_CACHE_DIR")
-    if asked:
-        return Path(asked)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home())
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "nadam"
 
 
 @cache
