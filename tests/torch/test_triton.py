@@ -25,7 +25,7 @@ def has_interpreter():
 
 CASES = {
     "kernels": ("triton_interpreted.py", {"TRITON_INTERPRET": "1"}),
-    "NAdam": ("triton_host.py", {"TRITON_INTERPRET": "1"}),
+    "NAdam": ("triton_host.py", {"TRITON_INTERPRET": "1", "MALLOC_PERTURB_": "165"}),
     "extremes": ("test_torch_extremes.py", {"TRITON_INTERPRET": "1"}),
     "PTX": ("triton_compiled.py", {"TRITON_INTERPRET": "0"}),
 }

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from edits import EDITS, Pair
 from training import DEVICE, apart, seeded
 
 from nadam.torch import NAdam, gpu_parts
@@ -259,3 +260,13 @@ def test_parameters_that_come_later(kernels, monkeypatch):
         return values(optimizer, params)
 
     assert apart(run(), on_cpu(monkeypatch, run)) <= UNITS
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_between_steps_is_as_in_pytorch(kernels, edit):
+    pair = Pair(shapes=[(3, 4), (5,), (2, 3, 2)])
+    for moment in range(5):
+        if moment in (2, 4):
+            pair.edit(EDITS[edit])
+        pair.step()
+    assert kernels
