@@ -184,7 +184,7 @@ class Nadam(Settings):
         with loading():  # all that a first step imports
             from numpy import ma  # noqa: F401
 
-            from nadam.kernels import plan, rows  # noqa: F401
+            from nadam.kernels import plan, pointers, rows  # noqa: F401
         return Parameters(variables, average=h.use_ema, accumulate=accumulate, exclusion=self._exclusion)
 
     def exclude_from_weight_decay(
