@@ -64,7 +64,7 @@ def running(case: Case, init: Callable[[Any], Any], update: Callable[..., Any]) 
 
 
 def whole(optimizer: nadam.jax.Fused) -> Callable[..., Any]:
-    return lambda params, state, grads: optimizer.update(grads, state, params)
+    return lambda params, state, grads: optimizer.step(grads, state, params)
 
 
 def two_phases(optimizer: Any) -> Callable[..., Any]:

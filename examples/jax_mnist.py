@@ -56,7 +56,7 @@ def make_step(static, optimizer):
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, batch):
         value, grads = jax.value_and_grad(loss)(params, *batch)
-        return optimizer.update(grads, state, params), value
+        return optimizer.step(grads, state, params), value
 
     return step
 

@@ -63,7 +63,7 @@ def make_step(optimizer):
     def step(params, state, batch):
         grads = jax.grad(loss)(params, batch)
         if hasattr(optimizer, "finalize"):
-            return optimizer.update(grads, state, params)
+            return optimizer.step(grads, state, params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -50,7 +50,7 @@ def two_phases(optimizer):
 
 def whole(**settings):
     optimizer = fused(0.1, **settings)
-    return optimizer.init, lambda tree, state, **given: optimizer.update(jax.grad(loss)(tree), state, tree, **given)
+    return optimizer.init, lambda tree, state, **given: optimizer.step(jax.grad(loss)(tree), state, tree, **given)
 
 
 STEPS = {
@@ -170,7 +170,7 @@ def test_weak_types_are_kept():
     assert jax.tree.map(jax.typeof, (updates, state)) == jax.tree.map(jax.typeof, (tree, begin))
     whole = fused(0.1)
     begin = whole.init(tree)
-    new, state = whole.update(tree, begin, tree)
+    new, state = whole.step(tree, begin, tree)
     assert jax.tree.map(jax.typeof, (new, state)) == jax.tree.map(jax.typeof, (tree, begin))
 
 

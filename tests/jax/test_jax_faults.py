@@ -14,7 +14,7 @@ import pytest
 from jax import numpy as jnp
 
 from nadam import checkpoint
-from nadam.jax import from_optax, fused, nadam, nadamw
+from nadam.jax import Fused, from_optax, fused, nadam, nadamw
 
 MAKERS = {"nadam": nadam, "nadamw": nadamw, "fused": fused}
 
@@ -23,11 +23,16 @@ def tree(value=1.0, dtype="float32", shape=(3, 2)):
     return {"w": jnp.full(shape, value, dtype)}
 
 
+def calling(optimizer):
+    """The function that a step calls, with gradients, state and parameters."""
+    return optimizer.step if isinstance(optimizer, Fused) else optimizer.update
+
+
 def moved(make, params, grads, state=None, **settings):
     """Parameters after one step."""
     optimizer = make(**{"learning_rate": 0.01, **settings})
     state = optimizer.init(params) if state is None else state
-    result, state = optimizer.update(grads, state, params)
+    result, state = calling(optimizer)(grads, state, params)
     return (result if make is fused else optax.apply_updates(params, result)), state
 
 
@@ -79,8 +84,8 @@ def test_loss_scale():  # row 3
     state = optimizer.init(tree())
     for scale in (0.0, -1.0, inf):
         with pytest.raises(ValueError, match=f"loss_scale={scale}: expected 0 < loss_scale < inf"):
-            optimizer.update(tree(), state, tree(), loss_scale=scale)
-    params, _ = jax.jit(lambda scale: optimizer.update(tree(), state, tree(), loss_scale=scale))(0.0)
+            optimizer.step(tree(), state, tree(), loss_scale=scale)
+    params, _ = jax.jit(lambda scale: optimizer.step(tree(), state, tree(), loss_scale=scale))(0.0)
     assert np.isnan(params["w"]).all()
 
 
@@ -89,10 +94,10 @@ def test_loss_scale():  # row 3
 def test_a_schedule_that_leaves_the_range(make, bad):  # row 5
     optimizer = make(lambda count: jnp.where(count < 1, 0.1, bad))
     state = optimizer.init(tree())
-    _, state = optimizer.update(tree(), state, tree())
+    _, state = calling(optimizer)(tree(), state, tree())
     with pytest.raises(ValueError, match=r"^learning_rate=.*: expected 0 <= learning_rate < inf"):
-        optimizer.update(tree(), state, tree())
-    result, _ = jax.jit(optimizer.update)(tree(), state, tree())  # cannot raise, and must not be silent
+        calling(optimizer)(tree(), state, tree())
+    result, _ = jax.jit(calling(optimizer))(tree(), state, tree())  # cannot raise, and must not be silent
     assert np.isnan(result["w"]).all()
 
 
@@ -118,14 +123,14 @@ def test_gradients_that_are_not_finite(make, value):  # row 7
 @pytest.mark.parametrize("value", [nan, inf, 1e25])
 def test_skipping(compiled, value):  # rows 7 and 9
     optimizer = fused(0.1, skip_nonfinite=True, use_ema=True)
-    update = jax.jit(optimizer.update) if compiled else optimizer.update
-    params, state = update(tree(0.5), optimizer.init(tree()), tree())
-    after, new = update(tree(value), state, params)
+    step = jax.jit(optimizer.step) if compiled else optimizer.step
+    params, state = step(tree(0.5), optimizer.init(tree()), tree())
+    after, new = step(tree(value), state, params)
     for name in ("count", "mu", "nu", "mu_product", "ema"):
         assert all(map(np.array_equal, jax.tree.leaves(getattr(new, name)), jax.tree.leaves(getattr(state, name))))
     assert np.array_equal(after["w"], params["w"])
     assert (int(new.last_step.skipped_steps), bool(new.last_step.skipped)) == (1, True)
-    _, new = update(tree(0.5), new, after)
+    _, new = step(tree(0.5), new, after)
     assert (int(new.last_step.skipped_steps), bool(new.last_step.skipped), int(new.count)) == (1, False, 2)
 
 
@@ -162,7 +167,7 @@ def test_empty_trees_and_arrays(make):  # row 12
 ])  # fmt: skip
 def test_gradients_of_other_shapes(make, compiled, grads, message):  # row 15
     optimizer = make(0.1)
-    update = jax.jit(optimizer.update) if compiled else optimizer.update
+    update = jax.jit(calling(optimizer)) if compiled else calling(optimizer)
     with pytest.raises(ValueError, match=message):
         update(grads, optimizer.init(tree()), tree())
 
@@ -181,7 +186,7 @@ def test_gradients_that_are_not_real_numbers(make):  # rows 16, 17 and 20
     optimizer = make(0.1)
     for dtype in ("int32", "complex64"):
         with pytest.raises(TypeError, match="expected real floating-point numbers"):
-            optimizer.update(tree(1, dtype), optimizer.init(tree()), tree())
+            calling(optimizer)(tree(1, dtype), optimizer.init(tree()), tree())
     # Of another width they are right.
     expected, _ = moved(make, tree(), tree(0.5))
     for dtype in ("float16", "bfloat16"):
@@ -217,7 +222,7 @@ def test_state_that_does_not_fit():  # row 23
         optimizer = make(0.1)
         other = optimizer.init(tree(shape=(2, 3)))
         with pytest.raises(ValueError, match=r"\(mu\)|state.mu"):
-            optimizer.update(tree(), other, tree())
+            calling(optimizer)(tree(), other, tree())
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -228,21 +233,21 @@ def test_state_of_another_optimizer(make):  # row 23
     others.append(make(0.1, **({"use_ema": True} if make is fused else {"momentum_decay": 1.0})).init(tree()))
     for state in others:
         with pytest.raises(ValueError, match=r"state(\.\w+)?: "):
-            optimizer.update(tree(), state, tree())
+            calling(optimizer)(tree(), state, tree())
 
 
 def test_settings_that_do_not_fit_a_state():  # row 23
     state = fused(0.1).init(tree())
     for settings in ({"use_ema": True}, {"gradient_accumulation_steps": 2}, {"clipnorm": 1.0}):
         with pytest.raises(ValueError, match="of an optimizer with other settings: there is none"):
-            fused(0.1, **settings).update(tree(), state, tree())
+            fused(0.1, **settings).step(tree(), state, tree())
 
 
 @pytest.mark.parametrize("make", [nadamw, fused])
 def test_a_mask_of_another_structure(make):
     optimizer = make(0.1, weight_decay=0.1, mask={"x": True})
     with pytest.raises(ValueError, match="mask: its structure is not that of the parameters"):
-        optimizer.update(tree(), optimizer.init(tree()), tree())
+        calling(optimizer)(tree(), optimizer.init(tree()), tree())
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -258,7 +263,7 @@ def saved(path):
     """A run of five calls, and its file."""
     optimizer = fused(0.01, use_ema=True, gradient_accumulation_steps=2, global_clipnorm=1.0)
     params = tree(1.5, "bfloat16")
-    step = jax.jit(optimizer.update)
+    step = jax.jit(optimizer.step)
     carry = params, optimizer.init(params)
     for _ in range(5):
         carry = step(carry[0], carry[1], carry[0])
@@ -294,7 +299,7 @@ def test_one_flipped_bit_or_a_cut_is_refused(tmp_path):  # row 29
 def test_threads():  # rows 27 and 31
     optimizer = fused(0.01, global_clipnorm=1.0)
     params = {"w": jnp.linspace(-1.0, 1.0, 1 << 19)}
-    step = jax.jit(optimizer.update)
+    step = jax.jit(optimizer.step)
 
     def run(_):
         carry = params, optimizer.init(params)
@@ -315,7 +320,7 @@ from nadam.jax import fused
 optimizer = fused(0.01)
 params = {"w": jnp.ones(1 << 22)}
 state = optimizer.init(params)
-step = jax.jit(optimizer.update)
+step = jax.jit(optimizer.step)
 done, kept = 0, (params, state)
 step(params, state, params)
 try:

@@ -43,7 +43,7 @@ def stepping(optimizer, gradient=GRADIENT):
     def step(params, state, batch):
         grads = gradient(params, batch)
         if hasattr(optimizer, "finalize"):
-            return optimizer.update(grads, state, params)
+            return optimizer.step(grads, state, params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

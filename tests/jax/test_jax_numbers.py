@@ -131,7 +131,7 @@ def run(optimizer, steps, dtype="float32", grad_dtype=None, **given):
     """Parameters and state of `fused` after so many compiled calls."""
     params = draw(0, dtype)
     state = optimizer.init(params)
-    step = jax.jit(lambda params, state, grads: optimizer.update(grads, state, params, **given), donate_argnums=(0, 1))
+    step = jax.jit(lambda params, state, grads: optimizer.step(grads, state, params, **given), donate_argnums=(0, 1))
     for i in range(steps):
         params, state = step(params, state, draw(i + 1, grad_dtype or dtype))
     return params, state
@@ -156,7 +156,7 @@ def test_every_argument_of_fused(name, dtype):
     params = draw(0, dtype)
     state = optimizer.init(params)
     reference = Reference(list(params.values()), **settings)
-    step = jax.jit(partial(optimizer.update, loss_scale=scale))
+    step = jax.jit(partial(optimizer.step, loss_scale=scale))
     for i in range(7):
         grads = draw(i + 1, dtype)
         adopt(reference, params, state.mu, state.nu, i, state.mu_product)
@@ -205,10 +205,10 @@ def test_the_kernel_is_what_runs_and_nothing_is_copied(settings, state_first):
     state = optimizer.init(params)
     if state_first:
         given, donated = (params, state, params), (1, 2)
-        step = jax.jit(optimizer.update, donate_argnums=donated)
+        step = jax.jit(optimizer.step, donate_argnums=donated)
     else:
         given, donated = (params, state, params), (0, 1)
-        step = jax.jit(lambda params, state, grads: optimizer.update(grads, state, params), donate_argnums=donated)
+        step = jax.jit(lambda params, state, grads: optimizer.step(grads, state, params), donate_argnums=donated)
     compiled = step.lower(*given).compile()
     program, memory = compiled.as_text(), compiled.memory_analysis()
     assert "nadam-one_pass" in program
@@ -219,6 +219,6 @@ def test_the_kernel_is_what_runs_and_nothing_is_copied(settings, state_first):
     # What XLA itself moves; it does not count the memory of a foreign function, which is 28 bytes and no copies.
     assert compiled.cost_analysis()["bytes accessed"] < size / 100
     copies = [jax.tree.map(jnp.copy, tree) for tree in given]
-    expected = optimizer.update(*given) if state_first else optimizer.update(given[2], given[1], given[0])
+    expected = optimizer.step(*given) if state_first else optimizer.step(given[2], given[1], given[0])
     found = step(*copies)
     assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))

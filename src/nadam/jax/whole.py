@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax import numpy as jnp
@@ -16,6 +16,7 @@ from nadam.core.traced import Tensor, Traits, clips_by_norm
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
 from nadam.jax.pure import XP, Progress, Ways, call
 from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
+from nadam.jax.two_phases import two_phases
 from nadam.kernels import foreign
 
 
@@ -46,15 +47,49 @@ class Fused(NamedTuple):
 
     Attributes:
         init: params -> state.
-        update: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). Under `jax.jit` with
+        step: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). Under `jax.jit` with
             params and state donated nothing is copied. ``learning_rate`` takes the place of the one that was set;
             the gradients are divided by ``loss_scale``.
         finalize: (state, params) -> params: their moving averages, with ``use_ema``.
     """
 
     init: Callable[[Any], FusedState]
-    update: Callable[..., tuple[Any, FusedState]]
+    step: Callable[..., tuple[Any, FusedState]]
     finalize: Callable[[FusedState, Any], Any]
+
+    @property
+    def update(self) -> NoReturn:
+        """Not there, since what asks for it expects updates and adds them to the parameters.
+
+        Raises:
+            AttributeError: Always; it says what there is instead.
+        """
+        raise AttributeError(
+            "fused has no update, since it gives parameters and not updates: call step(grads, state, params), or where "
+            "the two phases of optax are expected, as in optax.chain, Flax or Equinox, hand over fused(...).as_optax()"
+        )
+
+    def as_optax(self) -> Any:
+        """The same steps in the two phases of optax: for its wrappers, Flax's TrainState and nnx.Optimizer, Equinox.
+
+        Costs a tree of updates, and the passes over memory that make and apply it. In a chain it goes last: averages
+        are those of the parameters as it leaves them.
+
+        Returns:
+            An `optax.GradientTransformationExtraArgs` with the state of `fused`. The updates have the parameters'
+            dtypes. `optax.apply_updates` gives the parameters that `step` gives: exactly, where one keeps its sign and
+            at most doubles or halves, else within a unit in the last place of the larger of old and new.
+            ``learning_rate`` and ``loss_scale`` are extra arguments of ``update``.
+
+        Example:
+            >>> import jax.numpy as jnp, optax
+            >>> params = {"w": jnp.ones(2)}
+            >>> optimizer = optax.chain(optax.zero_nans(), fused(0.5).as_optax())
+            >>> updates, _ = optimizer.update({"w": jnp.full(2, 3.0)}, optimizer.init(params), params)
+            >>> [round(float(x), 4) for x in optax.apply_updates(params, updates)["w"]]
+            [0.2632, 0.2632]
+        """
+        return two_phases(self.init, self.step)
 
 
 def fused(
@@ -105,7 +140,7 @@ def fused(
 
     Raises:
         ValueError: A number out of its range, or two clips; it is named, with what is allowed. A learning rate or loss
-            scale that is only computed within a compiled step makes all parameters NaN instead. At an update: trees
+            scale that is only computed within a compiled step makes all parameters NaN instead. At a step: trees
             or shapes that do not belong together.
         TypeError: A value that is not a number; parameters that are not real floating-point numbers.
 
@@ -114,7 +149,7 @@ def fused(
         >>> optimizer = fused(0.5, global_clipnorm=1.0)
         >>> params = {"w": jnp.ones(2)}
         >>> state = optimizer.init(params)
-        >>> params, state = optimizer.update({"w": jnp.full(2, 3.0)}, state, params)
+        >>> params, state = optimizer.step({"w": jnp.full(2, 3.0)}, state, params)
         >>> round(float(state.last_step.grad_norm), 3), [round(float(x), 4) for x in params["w"]]
         (4.243, [0.2632, 0.2632])
 
@@ -143,7 +178,7 @@ def fused(
             raise TypeError(f"{name}={value!r}: expected a number")
     programs: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
-    def update(
+    def step(
         grads: Any, state: FusedState, params: Any, *, learning_rate: Any = None, loss_scale: Any = None
     ) -> tuple[Any, FusedState]:
         leaves, treedef = jax.tree.flatten(params)
@@ -180,7 +215,7 @@ def fused(
             raise RuntimeError("use_ema=False: there is no moving average")
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
-    return Fused(init, update, finalize)
+    return Fused(init, step, finalize)
 
 
 def _check_state(h: Hyperparameters, state: Any) -> None:
@@ -238,7 +273,7 @@ def _new_state(h: Hyperparameters, params: Any) -> FusedState:
 
 
 def _is_compiled_itself(grads: Any, state: FusedState, params: Any) -> bool:
-    """Whether ``update`` is what is being compiled, rather than a function that calls it.
+    """Whether ``step`` is what is being compiled, rather than a function that calls it.
 
     Then parameters come after the state and are returned before it, and JAX, which pairs donated arrays with results of
     their shape in order, gives the new parameters the memory of the first moments, and so on. No more than speed

@@ -1,0 +1,35 @@
+"""`fused` in the two phases of optax: it gives updates, which are applied elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax import numpy as jnp
+
+
+def two_phases(init: Callable[[Any], Any], step: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """A gradient transformation whose updates are the way from the old parameters to the new ones.
+
+    Args:
+        init: params -> state.
+        step: (grads, state, params, *, learning_rate, loss_scale) -> (params, state).
+
+    Returns:
+        The transformation; other arguments than these are for others in its chain, and ignored.
+
+    Raises:
+        ValueError: At an update, without ``params``.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, loss_scale: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("params: fused needs them: update(updates, state, params)")
+        new, state = step(updates, state, params, learning_rate=learning_rate, loss_scale=loss_scale)
+        return jax.tree.map(jnp.subtract, new, params), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
