@@ -71,7 +71,7 @@ def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], unscale: 
         dtype = dtype_of(tensor.exp_avg)
         magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, unscale, dtype))
         passed.append(xp.all(magnitudes <= largest_passing(dtype, check)))
-    return xp.all(xp.stack(passed))
+    return xp.all(xp.stack(passed)) if passed else xp.convert_to_tensor(True, dtype="bool")
 
 
 def largest_passing(dtype: str, check: Check) -> float:
@@ -283,7 +283,7 @@ def _norms(xp: Any, gradients: Sequence[Array], dtype: str, sum_of_squares: Call
             g = grad * SHRINK[own] if shrink else grad
             norm = xp.sqrt(xp.sum(g * g) if sum_of_squares is None else sum_of_squares(g))
             made.append(xp.cast(norm / SHRINK[own] if shrink else norm, dtype))
-        return xp.stack(made)
+        return xp.stack(made or [scalar(xp, 0.0, dtype)])  # of no gradients, 0
 
     plain = all_norms(shrink=False)
     return xp.cond(xp.all(xp.isfinite(plain)), lambda: plain, lambda: all_norms(shrink=True))
