@@ -127,6 +127,8 @@ def call(
         norms = taken
         if steps and clipping and measuring:
             norms = (foreign.measure(old, grads, unscale, accumulated=True, check=Check.NOTHING) or (None,))[0]
+        if norms is not None:  # The kernel takes them in float32, whatever the scalars are computed in.
+            norms = norms.astype(product.dtype)
         options = {"settle": lax.optimization_barrier, "one_pass": one_pass}
         outcome = traced.update(*arguments, unscale=unscale, norms=norms, **options)
         new = [

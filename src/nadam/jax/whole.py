@@ -294,6 +294,7 @@ def _program(h: Hyperparameters, traits: list[Traits], rotated: bool) -> Callabl
 
     def computed(ways: Ways) -> Callable[..., Any]:
         def program(before: Progress, last: StepReport, grads: Any, rate: Any, unscale: Any) -> Any:
+            unscale = XP.cast(unscale, dtype_of(before.product).name)
             after, (norm, factor, skipped) = call(h, traits, ways, before, grads, Now(rate, h.beta1, h.beta2), unscale)
             tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
             seen = StepReport(
