@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nadam.core.step import StepReport
+    from nadam.jax.fused_state import FusedState
     from nadam.jax.state import from_optax, to_optax
     from nadam.jax.transforms import NadamState, nadam, nadamw
-    from nadam.jax.whole import Fused, FusedState, fused
+    from nadam.jax.whole import Fused, fused
 
 __all__ = ["Fused", "FusedState", "NadamState", "StepReport", "from_optax", "fused", "nadam", "nadamw", "to_optax"]
 
 # Where each name is. Keras on JAX comes through here too, and has no need of optax.
 _HOMES = {
     "StepReport": "nadam.core.step",
-    **dict.fromkeys(("Fused", "FusedState", "fused"), "nadam.jax.whole"),
+    "FusedState": "nadam.jax.fused_state",
+    **dict.fromkeys(("Fused", "fused"), "nadam.jax.whole"),
     **dict.fromkeys(("NadamState", "nadam", "nadamw"), "nadam.jax.transforms"),
     **dict.fromkeys(("from_optax", "to_optax"), "nadam.jax.state"),
 }

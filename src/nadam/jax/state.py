@@ -12,8 +12,8 @@ from jax import numpy as jnp
 
 from nadam.core.coefficients import momentum_product
 from nadam.jax.checks import alike, check_trainable, number
+from nadam.jax.fused_state import FusedState
 from nadam.jax.transforms import NadamState
-from nadam.jax.whole import FusedState
 
 
 def from_optax(

@@ -12,34 +12,13 @@ from jax.custom_batching import custom_vmap
 
 from nadam.core.hyperparameters import Hyperparameters, Now, current
 from nadam.core.step import StepReport
-from nadam.core.traced import Tensor, Traits, clips_by_norm
+from nadam.core.traced import Tensor, Traits
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
+from nadam.jax.fused_state import LAST_COUNT, FusedState, check_state, like_params, new_state
 from nadam.jax.pure import XP, Progress, Ways, call
-from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
+from nadam.jax.trees import as_type, chosen, dtype_of, is_weak
 from nadam.jax.two_phases import two_phases
 from nadam.kernels import foreign
-
-
-class FusedState(NamedTuple):
-    """State of `fused`: a tree of arrays, whose structure depends on the settings alone.
-
-    Attributes:
-        count: int32, calls so far, without those that were skipped.
-        mu: First moments, not bias-corrected; a tree like the parameters.
-        nu: Second moments, likewise.
-        mu_product: Product of the momenta of all updates so far.
-        ema: Moving averages of the parameters, with ``use_ema``.
-        accumulator: Sums of gradients, with ``gradient_accumulation_steps``.
-        last_step: What the last call did; without what the settings do not ask for.
-    """
-
-    count: Any
-    mu: Any
-    nu: Any
-    mu_product: Any
-    ema: Any
-    accumulator: Any
-    last_step: StepReport
 
 
 class Fused(NamedTuple):
@@ -183,12 +162,12 @@ def fused(
     ) -> tuple[Any, FusedState]:
         leaves, treedef = jax.tree.flatten(params)
         check_trainable(params)
-        _check_state(h, state)
+        check_state(h, state)
         given = alike("grads", grads, "params", treedef, leaves)
         check_gradients("grads", given)
         columns = [
             alike(f"state.{name}", tree, "params", treedef, leaves) if tree is not None else [None] * len(leaves)
-            for name, tree in zip(("mu", "nu", "ema", "accumulator"), _trees(state), strict=True)
+            for name, tree in zip(("mu", "nu", "ema", "accumulator"), like_params(state), strict=True)
         ]
         if learning_rate is None:
             learning_rate = current(h.lr, state.count)
@@ -201,14 +180,14 @@ def fused(
             program = programs[key] = _program(h, [Traits(each, None) for each in decays], rotated)
         tensors = [Tensor(*fields) for fields in zip(leaves, *columns, strict=True)]
         before = Progress(state.count, state.mu_product, tensors)
-        after, seen = program(before, state.last_step, given, rate, unscale)
+        after, beyond, seen = program(before, state.beyond, state.last_step, given, rate, unscale)
         new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
-        kept = [None if old is None else tree for old, tree in zip(_trees(state), new[1:], strict=True)]
+        kept = [None if old is None else tree for old, tree in zip(like_params(state), new[1:], strict=True)]
         mu, nu, ema, accumulator = kept
-        return new[0], FusedState(after.calls, mu, nu, after.product, ema, accumulator, seen)
+        return new[0], FusedState(after.calls, mu, nu, after.product, ema, accumulator, seen, beyond)
 
     def init(params: Any) -> FusedState:
-        return _new_state(h, params)
+        return new_state(h, params)
 
     def finalize(state: FusedState, params: Any) -> Any:
         if state.ema is None:
@@ -216,60 +195,6 @@ def fused(
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
     return Fused(init, step, finalize)
-
-
-def _check_state(h: Hyperparameters, state: Any) -> None:
-    if not isinstance(state, FusedState):
-        raise ValueError(f"state: {type(state).__name__}, expected the FusedState that init gives")
-    parts = {
-        "ema": (state.ema, h.use_ema),
-        "accumulator": (state.accumulator, h.gradient_accumulation_steps is not None),
-        "last_step.grad_norm": (state.last_step.grad_norm, clips_by_norm(h)),
-    }
-    for name, (part, wanted) in parts.items():
-        if (part is not None) != wanted:
-            raise ValueError(f"state.{name}: it is of an optimizer with other settings: {_named(part)}")
-
-
-def _named(part: Any) -> str:
-    return "there is none" if part is None else "there should be none"
-
-
-def _trees(state: FusedState) -> tuple[Any, ...]:
-    return state.mu, state.nu, state.ema, state.accumulator
-
-
-def _new_state(h: Hyperparameters, params: Any) -> FusedState:
-    check_trainable(params)
-
-    def zeros() -> Any:
-        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=compute_dtype(leaf)), params)
-
-    def copied(leaf: Any) -> Any:
-        # An abstract parameter has no value yet. Otherwise a copy, since parameter and average may both be donated.
-        dtype = compute_dtype(leaf)
-        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.zeros_like(leaf, dtype=dtype) if abstract else jnp.array(leaf, dtype=dtype, copy=True)
-
-    dtype = scalar_dtype()
-    none = jnp.zeros((), dtype) if clips_by_norm(h) else None
-    last_step = StepReport(
-        step=jnp.zeros((), jnp.int32),
-        learning_rate=jnp.zeros((), dtype),
-        grad_norm=none,
-        clip_factor=None if none is None else jnp.zeros_like(none),
-        skipped_steps=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), bool),
-    )
-    return FusedState(
-        count=beside(params, jnp.zeros((), jnp.int32)),
-        mu=zeros(),
-        nu=zeros(),
-        mu_product=beside(params, jnp.ones((), dtype)),
-        ema=jax.tree.map(copied, params) if h.use_ema else None,
-        accumulator=zeros() if h.gradient_accumulation_steps else None,
-        last_step=beside(params, last_step),
-    )
 
 
 def _is_compiled_itself(grads: Any, state: FusedState, params: Any) -> bool:
@@ -289,23 +214,36 @@ def _is_compiled_itself(grads: Any, state: FusedState, params: Any) -> bool:
     return len(arguments) == len(variables) and all(map(is_, variables, arguments))
 
 
+def _period(h: Hyperparameters) -> int:
+    """The calls after which accumulation and overwriting are where they were."""
+    steps = h.gradient_accumulation_steps or 1
+    whole = steps * (h.ema_overwrite_frequency or 1)
+    # Half of all that can be counted stays, for the bias corrections; what is overwritten that rarely is no longer.
+    return whole if whole <= LAST_COUNT // 2 else steps
+
+
 def _program(h: Hyperparameters, traits: list[Traits], rotated: bool) -> Callable[..., Any]:
     """The call, by the kernels where they can be used; under vmap and grad by loops, which JAX can transform."""
+    steps, period = h.gradient_accumulation_steps or 1, _period(h)
 
     def computed(ways: Ways) -> Callable[..., Any]:
-        def program(before: Progress, last: StepReport, grads: Any, rate: Any, unscale: Any) -> Any:
-            unscale = XP.cast(unscale, dtype_of(before.product).name)
+        def program(before: Progress, beyond: Any, last: StepReport, grads: Any, rate: Any, unscale: Any) -> Any:
+            unscale, count = XP.cast(unscale, dtype_of(before.product).name), before.calls
+            stays = count == LAST_COUNT
+            before = before._replace(calls=jnp.where(stays, LAST_COUNT - period + beyond, count))
             after, (norm, factor, skipped) = call(h, traits, ways, before, grads, Now(rate, h.beta1, h.beta2), unscale)
             tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
+            count += jnp.where(stays | skipped, 0, 1)
+            beyond = (beyond + jnp.where(stays & ~jnp.asarray(skipped), 1, 0)) % period
             seen = StepReport(
-                step=after.calls // (h.gradient_accumulation_steps or 1),
+                step=count // steps,
                 learning_rate=XP.cast(rate, dtype_of(last.learning_rate).name),
                 grad_norm=norm,
                 clip_factor=factor,
                 skipped_steps=last.skipped_steps + jnp.where(skipped, 1, 0),
                 skipped=jnp.asarray(skipped),
             )
-            return after._replace(tensors=tensors), seen
+            return after._replace(calls=count, tensors=tensors), beyond, seen
 
         return program
 

@@ -1,0 +1,103 @@
+"""The state of `fused`: what is in it, and whether it is of these settings."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.step import StepReport
+from nadam.core.traced import clips_by_norm
+from nadam.jax.checks import check_trainable
+from nadam.jax.trees import beside, compute_dtype, scalar_dtype
+
+LAST_COUNT = 2**31 - 1  # where int32 ends
+
+
+class FusedState(NamedTuple):
+    """State of `fused`: a tree of arrays, whose structure depends on the settings alone.
+
+    Attributes:
+        count: int32, calls so far, without those that were skipped; at 2**31 - 1 it stays.
+        mu: First moments, not bias-corrected; a tree like the parameters.
+        nu: Second moments, likewise.
+        mu_product: Product of the momenta of all updates so far.
+        ema: Moving averages of the parameters, with ``use_ema``.
+        accumulator: Sums of gradients, with ``gradient_accumulation_steps``.
+        last_step: What the last call did; without what the settings do not ask for.
+        beyond: int32, calls since ``count`` stays, modulo those after which accumulation and overwriting are where they
+            were: so both go on. Schedules see ``count``.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    mu_product: Any
+    ema: Any
+    accumulator: Any
+    last_step: StepReport
+    beyond: Any
+
+
+def check_state(h: Hyperparameters, state: Any) -> None:
+    """That a state is one of `fused` with such settings.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(state, FusedState):
+        raise ValueError(f"state: {type(state).__name__}, expected the FusedState that init gives")
+    parts = {
+        "ema": (state.ema, h.use_ema),
+        "accumulator": (state.accumulator, h.gradient_accumulation_steps is not None),
+        "last_step.grad_norm": (state.last_step.grad_norm, clips_by_norm(h)),
+    }
+    for name, (part, wanted) in parts.items():
+        if (part is not None) != wanted:
+            raise ValueError(f"state.{name}: it is of an optimizer with other settings: {_named(part)}")
+
+
+def _named(part: Any) -> str:
+    return "there is none" if part is None else "there should be none"
+
+
+def like_params(state: FusedState) -> tuple[Any, ...]:
+    """What in it is like the parameters, in the order of the fields of a tensor; None for what there is not."""
+    return state.mu, state.nu, state.ema, state.accumulator
+
+
+def new_state(h: Hyperparameters, params: Any) -> FusedState:
+    """Before the first call."""
+    check_trainable(params)
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=compute_dtype(leaf)), params)
+
+    def copied(leaf: Any) -> Any:
+        # An abstract parameter has no value yet. Otherwise a copy, since parameter and average may both be donated.
+        dtype = compute_dtype(leaf)
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros_like(leaf, dtype=dtype) if abstract else jnp.array(leaf, dtype=dtype, copy=True)
+
+    dtype = scalar_dtype()
+    none = jnp.zeros((), dtype) if clips_by_norm(h) else None
+    last_step = StepReport(
+        step=jnp.zeros((), jnp.int32),
+        learning_rate=jnp.zeros((), dtype),
+        grad_norm=none,
+        clip_factor=None if none is None else jnp.zeros_like(none),
+        skipped_steps=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), bool),
+    )
+    return FusedState(
+        count=beside(params, jnp.zeros((), jnp.int32)),
+        mu=zeros(),
+        nu=zeros(),
+        mu_product=beside(params, jnp.ones((), dtype)),
+        ema=jax.tree.map(copied, params) if h.use_ema else None,
+        accumulator=zeros() if h.gradient_accumulation_steps else None,
+        last_step=beside(params, last_step),
+        beyond=beside(params, jnp.zeros((), jnp.int32)),
+    )
