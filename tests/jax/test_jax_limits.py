@@ -8,7 +8,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax_training import assert_close, same
 
-from nadam.jax import fused, nadam, nadamw
+from nadam.jax import from_optax, fused, nadam, nadamw
 
 ENABLE_X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 LAST = 2**31 - 1
@@ -165,3 +165,12 @@ def test_the_counts_of_the_transformations_stay_where_int32_ends(make, decay):
     assert same(*runs)
     assert not same(runs[0], params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(runs))
+
+
+def test_more_calls_than_can_be_counted_come_from_optax():
+    like = fused(0.1, gradient_accumulation_steps=3).init({"w": jnp.ones(2)})
+    theirs = optax.nadam(0.1).init({"w": jnp.ones(2)})
+    theirs = optax.tree_utils.tree_set(theirs, count=jnp.int32(LAST))
+    state = from_optax(theirs, like, gradient_accumulation_steps=3)
+    assert int(state.count) == LAST // 3 * 3  # a window that begins
+    assert int(state.last_step.step) == LAST

@@ -55,7 +55,7 @@ def momentum_product(steps: int, beta1: float, momentum_decay: float) -> float:
     product = 1.0
     for step in range(1, steps + 1):
         product *= momentum(beta1, momentum_decay, step)
-        if product == 0.0:
+        if product < 2.0**-1022:  # a subnormal one never reaches 0: 0.9 of the smallest is rounded up to it
             break
     return product
 

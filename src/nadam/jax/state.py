@@ -12,7 +12,7 @@ from jax import numpy as jnp
 
 from nadam.core.coefficients import momentum_product
 from nadam.jax.checks import alike, check_trainable, number
-from nadam.jax.fused_state import FusedState
+from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.transforms import NadamState
 
 
@@ -72,7 +72,8 @@ def from_optax(
         if (ours.accumulator is None) != (gradient_accumulation_steps is None):
             allowed = "None" if ours.accumulator is None else "that of the optimizer that is to go on"
             raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: expected {allowed}")
-        fields["count"] = jnp.int32(updates * (gradient_accumulation_steps or 1))
+        steps = gradient_accumulation_steps or 1
+        fields["count"] = jnp.int32(min(updates, LAST_COUNT // steps) * steps)
         fields["last_step"] = ours.last_step._replace(step=jnp.int32(updates))
     return _replaced(like, ours._replace(**fields))
 
