@@ -39,9 +39,9 @@ def whole(start, all_grads, learning_rate, epsilon, beta_2, compiled=True, **set
     optimizer = fused(learning_rate, b2=beta_2, eps=epsilon, **settings)
     params, after = jnp.asarray(start), []
     state = optimizer.init(params)
-    update = jax.jit(optimizer.update, donate_argnums=(1, 2)) if compiled else optimizer.update
+    step = jax.jit(optimizer.step, donate_argnums=(1, 2)) if compiled else optimizer.step
     for grads in all_grads:
-        params, state = update(jnp.asarray(grads), state, params)
+        params, state = step(jnp.asarray(grads), state, params)
         after.append(np.array(params))
     return after
 
