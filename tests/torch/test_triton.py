@@ -56,6 +56,14 @@ def test_launches_without_a_gpu(tmp_path):
     run("triton_launched.py", {"TRITON_INTERPRET": "0", **folders, "TRITON_CACHE_DIR": str(tmp_path / "cache")})
 
 
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_bits_are_as_recorded():
+    sys.path.insert(0, str(HERE.parent))
+    import golden
+
+    golden.check(["triton"])
+
+
 def run(file, environment):
     if environment["TRITON_INTERPRET"] == "1" and not has_interpreter():
         pytest.skip("Triton 3.6 interprets only with NumPy before 2.4")
