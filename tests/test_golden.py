@@ -9,7 +9,7 @@ import pytest
 
 import golden
 from hosts import HOSTS
-from nadam.core import coefficients, rule
+from nadam.core import rule
 from nadam.kernels import arrays, native
 
 HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]  # the others: where they run
