@@ -1,6 +1,8 @@
 """The comparisons can fail: each is fed something wrong and must turn red."""
 
+import inspect
 import math
+import sys
 from types import FunctionType
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from cases import apart, draw_grads, draw_params
 from follow import run
-from nadam.core import average, coefficients, gradient, rule
+from nadam.core import average, coefficients, element, gradient, rule, scalars, step
 from nadam.kernels import native
 
 
@@ -67,6 +69,60 @@ def test_wrong_mathematics_in_the_kernel_is_seen(wrong, monkeypatch):
     train(settings)  # and the wrong code is not served afterwards
 
 
+def misspelt(function, right, wrong):
+    """A function with some of its source exchanged."""
+    source, names = inspect.getsource(function), dict(vars(sys.modules[function.__module__]))
+    assert source.count(right) == 1
+    exec(source.replace(right, wrong), names)
+    return names[function.__name__]
+
+
+STEPS = {
+    "no decay": (
+        element,
+        "decay,\n        s.exp_avg_weight",
+        "0 * decay,\n        s.exp_avg_weight",
+        {"weight_decay": 0.5},
+    ),
+    "no accumulator": (element, "accumulator + grad * s", "grad * s", {"gradient_accumulation_steps": 2}),
+    "no factor": (element, "grad = grad * factor", "grad = grad", {"global_clipnorm": 0.1, "epsilon": 0.1}),
+    "no limit": (element, "limit(grad, s.clipvalue)", "grad", {"clipvalue": 0.25}),
+    "average of the gradient": (element, "average(ema, param,", "average(ema, grad,", {"use_ema": True}),
+    "no overwriting": (element, "s.overwrite != 0", "s.overwrite > 1", {"use_ema": True, "ema_overwrite_frequency": 2}),
+    "scalars exchanged": (scalars, "c.exp_avg_step,\n        c.grad_step", "c.grad_step,\n        c.exp_avg_step", {}),
+    "weights exchanged": (
+        scalars,
+        "moving.momentum,\n        moving.weight",
+        "moving.weight,\n        moving.momentum",
+        {"use_ema": True},
+    ),
+    "decay without the rate": (
+        scalars,
+        "settings.lr * settings.weight_decay",
+        "settings.weight_decay",
+        {"weight_decay": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", STEPS)
+def test_a_wrong_step_around_the_rule_is_seen(wrong, monkeypatch):
+    module, right, other, settings = STEPS[wrong]
+    settings = {"learning_rate": 0.1, **settings}
+    train(settings)
+    name = module.__name__.rpartition(".")[2]
+    function = misspelt(getattr(module, name), right, other)
+    for where in (module, step):
+        monkeypatch.setattr(where, name, function, raising=where is module)
+    native._kernels.clear()
+    try:
+        with pytest.raises(AssertionError):
+            train(settings)
+    finally:
+        monkeypatch.undo()
+        native._kernels.clear()
+
+
 @pytest.mark.parametrize("wrong", [0.96001, 0.96**0.004])
 def test_a_wrong_momentum_schedule_is_seen(wrong, monkeypatch):
     monkeypatch.setattr(coefficients, "MOMENTUM_WARMUP", wrong)
@@ -75,16 +131,13 @@ def test_a_wrong_momentum_schedule_is_seen(wrong, monkeypatch):
 
 
 def test_a_wrong_average_at_the_first_update_is_seen(monkeypatch):
-    from nadam.core import step
-
-    monkeypatch.setattr(step, "averaging", lambda momentum, frequency, t: (momentum, 1 - momentum, False))
+    wrong = average.Averaging
+    monkeypatch.setattr(scalars, "averaging", lambda momentum, frequency, t: wrong(momentum, 1 - momentum, False))
     with pytest.raises(AssertionError):
         train({"use_ema": True})
 
 
 def test_a_wrong_clip_factor_is_seen(monkeypatch):
-    from nadam.core import step
-
     monkeypatch.setattr(step, "clip_factor", lambda norm, clipnorm: 0.999 * gradient.clip_factor(norm, clipnorm))
     with pytest.raises(AssertionError):
         train({"clipnorm": 0.5, "epsilon": 0.1})

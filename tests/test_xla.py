@@ -14,6 +14,7 @@ from jax import numpy as jnp  # noqa: E402
 from nadam.core import traced  # noqa: E402
 from nadam.core.gradient import Check  # noqa: E402
 from nadam.core.hyperparameters import Hyperparameters, Now  # noqa: E402
+from nadam.core.scalars import Scalars  # noqa: E402
 from nadam.kernels import foreign  # noqa: E402
 
 SIZES = [(3, 4), (), (0, 2), (5,), (70_001,), (1 << 19,)]
@@ -34,7 +35,7 @@ XP = Library()
 
 
 def kernel(h, *given):
-    return foreign.one_pass(*given, clipvalue=h.clipvalue)
+    return foreign.one_pass(*given, flags=h.flags)
 
 
 def state(h, dtype, grad_dtype, seed=0):
@@ -118,7 +119,7 @@ def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
     tensors, grads = state(h, "float32", "float32")
     traits = [traced.Traits(False, abs if i == 1 else None) for i in range(len(tensors))]
     grads[2], grads[3] = grads[2].astype("float8_e4m3fn"), None
-    everything = traced.Pass(grads, grads, 1.0, [jnp.float32(0.1)] * 8, False, [jnp.float32(1.0)])
+    everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)])
     assert sorted(kernel(h, everything, tensors, traits)) == [0, 4, 5]
 
 

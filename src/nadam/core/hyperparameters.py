@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from nadam.core.element import Flags
+from nadam.core.scalars import Settings
 from nadam.core.schedules import LearningRateSchedule
 
 # name -> (allowed range, test). Comparisons with NaN are false, so NaN is out of every range.
@@ -120,6 +122,29 @@ class Hyperparameters:
         if self._constant is not None:
             return self._constant
         return Now(*(self._in_range(name, current(getattr(self, name), calls)) for name in Now._fields))
+
+    def settings(self, now: Now) -> Settings:
+        """What an update takes of these, as they are at its step."""
+        return Settings(
+            *now,
+            self.eps,
+            self.momentum_decay,
+            self.weight_decay or 0.0,
+            self.coupled_weight_decay,
+            math.inf if self.clipvalue is None else self.clipvalue,
+            self.ema_momentum,
+            self.ema_overwrite_frequency,
+        )
+
+    @property
+    def flags(self) -> Flags:
+        """What an update does besides the rule."""
+        return Flags(
+            accumulated=self.gradient_accumulation_steps is not None,
+            limited=self.clipvalue is not None,
+            penalized=self.coupled_weight_decay and bool(self.weight_decay),
+            averaged=self.use_ema,
+        )
 
     def _spelt(self, name: str) -> str:
         return self.spelling.get(name, name)

@@ -6,14 +6,13 @@ gradient -> unscale -> accumulate -> clip factor -> ONE pass: decay, moments, st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
-from nadam.core.average import averaging
 from nadam.core.clock import Clock
-from nadam.core.coefficients import SMALLEST_NORMAL, clamp_eps, coefficients
+from nadam.core.coefficients import SMALLEST_NORMAL
 from nadam.core.gradient import Check, clip_factor, global_clip_factor, total_norm
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.scalars import scalars
 
 if TYPE_CHECKING:
     from nadam.kernels.plan import Plan
@@ -40,21 +39,6 @@ class StepReport(NamedTuple):
     skipped: bool = False
 
 
-class Inputs(NamedTuple):
-    """What an update takes of the settings, as the kernels do."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    momentum_decay: float
-    decay: float  # lr * weight_decay; weight_decay, where it is coupled
-    coupled: bool
-    clipvalue: float  # infinity for any
-    ema_momentum: float | None  # None where there is no average
-    ema_overwrite_frequency: int | None
-
-
 class Part(NamedTuple):
     """Parameters with settings and counters in common.
 
@@ -69,22 +53,6 @@ class Part(NamedTuple):
     now: Now
     clock: Clock
     plan: Plan
-
-    def inputs(self) -> Inputs:
-        """What an update takes of the settings."""
-        h, now = self.h, self.now
-        return Inputs(
-            lr=now.lr,
-            beta1=now.beta1,
-            beta2=now.beta2,
-            eps=h.eps,
-            momentum_decay=h.momentum_decay,
-            decay=(1.0 if h.coupled_weight_decay else now.lr) * (h.weight_decay or 0.0),
-            coupled=h.coupled_weight_decay and bool(h.weight_decay),
-            clipvalue=h.clipvalue if h.clipvalue is not None else inf,
-            ema_momentum=h.ema_momentum if h.use_ema else None,
-            ema_overwrite_frequency=h.ema_overwrite_frequency,
-        )
 
 
 Combine = Callable[[list[float], bool], tuple[list[float], bool]]
@@ -163,34 +131,14 @@ def _measure(parts: Sequence[Part], unscale: float, accumulated: bool, check: Ch
 
 def _update(part: Part, grad_factors: list[float] | float, unscale: float | None) -> None:
     """One update of one part; ``unscale`` is for a gradient that an accumulator is added to."""
-    h, _, clock, plan = part
+    h, now, clock, plan = part
     if h.maximize:
         grad_factors = -grad_factors if isinstance(grad_factors, float) else [-factor for factor in grad_factors]
     if unscale is None and isinstance(grad_factors, float) and plan.update_at_once(part, grad_factors):
         return
-    i = part.inputs()
-    updates = clock.calls // (h.gradient_accumulation_steps or 1)
-    c, momentum_product = coefficients(
-        updates + 1,
-        lr=i.lr,
-        beta1=i.beta1,
-        beta2=i.beta2,
-        eps=i.eps,
-        momentum_decay=i.momentum_decay,
-        momentum_product=clock.momentum_product,
-    )
-    c = c._replace(eps=clamp_eps(i.eps, c.eps, SMALLEST_NORMAL["float64"]))
+    step = clock.calls // (h.gradient_accumulation_steps or 1) + 1
+    given = clock.momentum_product, 1.0 if unscale is None else unscale, SMALLEST_NORMAL["float64"]
+    s, momentum_product = scalars(h.settings(now), step, step, *given)
     clock.prepare_update(momentum_product, unscale is not None)
-    average = None if i.ema_momentum is None else averaging(i.ema_momentum, i.ema_overwrite_frequency, updates + 1)
-    plan.update(
-        c,
-        grad_factors=grad_factors,
-        decay=i.decay,
-        coupled=i.coupled,
-        unscale=unscale,
-        clipvalue=i.clipvalue,
-        averaging=average,
-        commit=clock.commitment,
-        step=updates + 1,
-    )
+    plan.update(s, h.flags, grad_factors=grad_factors, commit=clock.commitment, step=step)
     clock.commit()

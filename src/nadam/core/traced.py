@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nadam.core.coefficients import SMALLEST_NORMAL
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.scalars import Scalars
 from nadam.kernels.arrays import mathematics
 
 Array = Any
@@ -99,28 +100,22 @@ class Pass(NamedTuple):
     Attributes:
         gradients: As `update` takes them; None for one that is missing.
         whole: The same, unscaled where there are accumulators, with those added.
-        unscale: As of `update`.
-        scalars: 0-d, of the dtype of the momentum product: lr * weight_decay, the rule's, momentum and weight of the
-            moving average.
-        overwrite: Whether the moving average overwrites the parameters.
+        scalars: 0-d, of the dtype of the momentum product.
         factors: What multiplies the gradients; one for all, or one each.
     """
 
     gradients: Sequence[Array | None]
     whole: Sequence[Array]
-    unscale: Any
-    scalars: list[Array]
-    overwrite: Any
+    scalars: Scalars
     factors: list[Array]
 
     def factor(self, i: int) -> Array:
         """What multiplies one gradient."""
         return self.factors[i if len(self.factors) > 1 else 0]
 
-    def scalars_in(self, xp: Any, dtype: str) -> list[Array]:
+    def scalars_in(self, xp: Any, dtype: str) -> Scalars:
         """The scalars for tensors that are computed in a dtype, not yet cast to it."""
-        decay, *rest, eps, momentum, weight = self.scalars
-        return [decay, *rest, eps_in(xp, eps, dtype), momentum, weight]
+        return self.scalars._replace(eps=eps_in(xp, self.scalars.eps, dtype))
 
 
 def update(
@@ -167,21 +162,13 @@ def update(
     if clips_by_norm(h):
         taken = _norms(xp, gradients, dtype, None) if norms is None else norms
         factors, grad_norm, factor = _clip_factors(xp, h, taken * spread, len(gradients), spread)
-    c, product = m.coefficients(
-        xp.cast(updates, dtype) + 1.0,
-        lr=scalar(xp, now.lr, dtype),
-        beta1=now.beta1 if isinstance(now.beta1, float) else scalar(xp, now.beta1, dtype),
-        beta2=now.beta2 if isinstance(now.beta2, float) else scalar(xp, now.beta2, dtype),
-        eps=h.eps,
-        momentum_decay=h.momentum_decay,
-        momentum_product=momentum_product,
-    )
-    c = c._replace(eps=m.clamp_eps(h.eps, c.eps, SMALLEST_NORMAL[dtype]))
-    decay = scalar(xp, now.lr, dtype) * (h.weight_decay or 0.0)
-    moving = m.averaging(scalar(xp, h.ema_momentum, dtype), h.ema_overwrite_frequency, updates + 1)
-    common = [scalar(xp, value, dtype) for value in (decay, *c, moving.momentum, moving.weight, *factors)]
-    common = list(settle(common))
-    everything = Pass(grads, gradients, unscale, common[:8], moving.overwrite, common[8:])
+    betas = (beta if isinstance(beta, float) else scalar(xp, beta, dtype) for beta in (now.beta1, now.beta2))
+    settings = h.settings(Now(scalar(xp, now.lr, dtype), *betas))
+    settings = settings._replace(ema_momentum=scalar(xp, h.ema_momentum, dtype))
+    t = xp.cast(updates, dtype) + 1.0
+    s, product = m.scalars(settings, updates + 1, t, momentum_product, unscale, SMALLEST_NORMAL[dtype])
+    common = list(settle([scalar(xp, value, dtype) for value in (*s, *factors)]))
+    everything = Pass(grads, gradients, Scalars._make(common[: len(s)]), common[len(s) :])
     done = {} if one_pass is None else one_pass(h, everything, tensors, traits)
     new = []
     for i, (tensor, trait) in enumerate(zip(tensors, traits, strict=True)):
@@ -194,23 +181,27 @@ def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tenso
     """One tensor after the rule, its constraint and its average, which the compiler makes loops of."""
     m = mathematics(xp)
     # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.
-    own = dtype_of(tensor.exp_avg)
-    decay, *scalars, kept, weight = (xp.cast(value, own) for value in everything.scalars_in(xp, own))
-    g = everything.whole[i] * xp.cast(everything.factor(i), own)
-    if h.clipvalue is not None:
-        g = m.limit(g, scalar(xp, h.clipvalue, own))
-    decay = decay if trait.decays and h.weight_decay else 0.0
-    param, exp_avg, exp_avg_sq = m.update(
-        xp.cast(tensor.param, own), g, tensor.exp_avg, tensor.exp_avg_sq, decay, *scalars
+    own, kept = dtype_of(tensor.exp_avg), dtype_of(tensor.param)
+    s = Scalars._make(xp.cast(value, own) for value in everything.scalars_in(xp, own))
+    constraint = trait.constraint
+
+    def stored(param: Array) -> Array:
+        narrow = xp.cast(param, kept)
+        return xp.cast(narrow if constraint is None else constraint(narrow), own)
+
+    param, exp_avg, exp_avg_sq, ema = m.element(stored)(
+        xp.cast(tensor.param, own),
+        everything.whole[i],
+        tensor.exp_avg,
+        tensor.exp_avg_sq,
+        tensor.ema,
+        None,
+        xp.cast(everything.factor(i), own),
+        s.decay if trait.decays and h.weight_decay else 0.0,
+        s,
+        *h.flags._replace(accumulated=False),  # the norm has asked for the sum already
     )
-    param, ema = xp.cast(param, dtype_of(tensor.param)), tensor.ema
-    if trait.constraint is not None:
-        param = trait.constraint(param)
-    if ema is not None:
-        ema = m.average(ema, xp.cast(param, own), kept, weight)
-        if h.ema_overwrite_frequency is not None:
-            param = xp.where(everything.overwrite, xp.cast(ema, dtype_of(tensor.param)), param)
-    return Tensor(param, exp_avg, exp_avg_sq, ema, tensor.accumulator)
+    return Tensor(xp.cast(param, kept), exp_avg, exp_avg_sq, ema, tensor.accumulator)
 
 
 def clips_by_norm(h: Hyperparameters) -> bool:

@@ -119,9 +119,9 @@ def call(
         arguments = (XP, h, now, calls // (steps or 1), product, old, grads, traits)
         done: dict[int, traced.Tensor] = {}
 
-        def one_pass(h: Hyperparameters, *given: Any) -> dict[int, traced.Tensor]:
+        def one_pass(h: Hyperparameters, p: traced.Pass, *given: Any) -> dict[int, traced.Tensor]:
             if ways.kernels:
-                done.update(foreign.one_pass(*given, clipvalue=h.clipvalue, rotated=ways.rotated))
+                done.update(foreign.one_pass(p, *given, flags=h.flags, rotated=ways.rotated))
             return done
 
         norms = taken

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nadam.core import traced
 from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.scalars import Scalars
 
 # Elements up to which a variable is small, and how many of them are worth the copies.
 SMALL, WORTH_PACKING = 1 << 14, 8
@@ -45,7 +46,7 @@ def one_pass(
         flat = [_flat([getattr(tensors[i], field) for i in members]) for field in fields]
         grad = _flat([p.whole[i] for i in members])
         decays = np.repeat([float(traits[i].decays) for i in members], sizes)
-        new = _updated(h, None if decays.all() else decays, flat, grad, p.scalars, p.overwrite, p.factors[0])
+        new = _updated(h, None if decays.all() else decays, flat, grad, p.scalars, p.factors[0])
         parts = [tf.split(values, sizes) for values in new]
         for place, i in enumerate(members):
             shaped = (_shaped(part[place], tensors[i].param.shape) for part in parts)
@@ -70,13 +71,12 @@ def _rule(
     decays: NDArray[np.float64] | None,
     flat: list[Any],
     grad: Any,
-    scalars: list[Any],
-    overwrite: Any,
+    s: Scalars,
     factor: Any,
 ) -> list[Any]:
     tensor = traced.Tensor(*flat, *[None] * (5 - len(flat)))
     if decays is not None:
-        scalars = [scalars[0] * tf.constant(decays, scalars[0].dtype), *scalars[1:]]
-    everything = traced.Pass([grad], [grad], 1.0, scalars, overwrite, [factor])
+        s = s._replace(decay=s.decay * tf.constant(decays, s.decay.dtype))
+    everything = traced.Pass([grad], [grad], s, [factor])
     new = traced.updated(keras.ops, h, everything, 0, tensor, traced.Traits(decays=True, constraint=None))
     return [value for value in new if value is not None]

@@ -6,23 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nadam.core import average, coefficients, gradient, rule
+from nadam.core import average, coefficients, element, gradient, rule, scalars
 from nadam.core.rebind import rebind
 
 
 class Mathematics(NamedTuple):
     """The functions of a step on the arrays of one library; they give new arrays.
 
-    The first four are elementwise; the others take and give scalars, traced or not.
+    The first four are elementwise, and so is what ``element`` gives of a `element.stored`; the others take and give
+    scalars, traced or not.
     """
 
     update: Callable[..., Any]
     limit: Callable[..., Any]
     coupled: Callable[..., Any]
     average: Callable[..., Any]
+    element: Callable[..., Any]
     coefficients: Callable[..., Any]
     clamp_eps: Callable[..., Any]
-    averaging: Callable[..., Any]
+    scalars: Callable[..., Any]
     clip_factor: Callable[..., Any]
     global_clip_factor: Callable[..., Any]
 
@@ -55,15 +57,19 @@ def mathematics(xp: Any) -> Mathematics:
     limits = {"minimum": minimum, "maximum": maximum, "TINY": float(np.finfo(np.float32).tiny)}
     clip_factor = rebind(gradient.clip_factor, **limits)
     momentum = rebind(coefficients.momentum, MOMENTUM_WARMUP=coefficients.MOMENTUM_WARMUP)
-    scalars = {"momentum": momentum, "sqrt": xp.sqrt, "expm1": xp.expm1, "log": log}
+    names = {"momentum": momentum, "sqrt": xp.sqrt, "expm1": xp.expm1, "log": log}
+    coefs = rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **names)
+    clamp_eps = rebind(coefficients.clamp_eps, where=where, maximum=maximum)
+    averaging = rebind(average.averaging, where=xp.where, Averaging=average.Averaging)
+    made = {"coefficients": coefs, "averaging": averaging, "clamp_eps": clamp_eps, "where": where}
+    own = {"update": rebind(rule.update, sqrt=xp.sqrt), "limit": rebind(gradient.limit, **limits)}
+    own |= {"coupled": rebind(gradient.coupled), "average": rebind(average.average)}
     return Mathematics(
-        update=rebind(rule.update, sqrt=xp.sqrt),
-        limit=rebind(gradient.limit, **limits),
-        coupled=rebind(gradient.coupled),
-        average=rebind(average.average),
-        coefficients=rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **scalars),
-        clamp_eps=rebind(coefficients.clamp_eps, where=where, maximum=maximum),
-        averaging=rebind(average.averaging, where=xp.where, Averaging=average.Averaging),
+        **own,
+        element=lambda stored: rebind(element.element, **own, where=where, stored=stored),
+        coefficients=coefs,
+        clamp_eps=clamp_eps,
+        scalars=rebind(scalars.scalars, Scalars=scalars.Scalars, **made),
         clip_factor=clip_factor,
         global_clip_factor=rebind(gradient.global_clip_factor, clip_factor=clip_factor),
     )

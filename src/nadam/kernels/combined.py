@@ -5,12 +5,14 @@ The kernels are in scalars.py; here are their arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.scalars import Settings
 from nadam.kernels import native, threads
 from nadam.kernels.spans import TICKET
 from nadam.kernels.table import Table, address
@@ -22,11 +24,10 @@ if TYPE_CHECKING:
 PASS, ARGUMENTS, NUM_TENSORS = range(3)
 # Of `norms`: where to write them, and whether all are finite; float64: the square of what multiplies the gradients.
 NORMS, FINITE, SQUARE = range(3, 6)
-# Of `update`: parameters that show their own number of steps; where it is kept which tensors decay; every so many
-# updates the parameters take their averages; then float64.
-SHOWN, DECAYS, FREQUENCY, GRAD_FACTOR, SMALLEST = range(3, 8)
-LR, BETA1, BETA2, EPS, MOMENTUM_DECAY, DECAY, CLIPVALUE, EMA_MOMENTUM = range(8, 16)
-NEVER = 1 << 62
+# Of `update`: parameters that show their own number of steps; where it is kept which tensors decay; then float64, from
+# SETTINGS on the fields of `scalars.Settings`.
+SHOWN, DECAYS, GRAD_FACTOR, SMALLEST, SETTINGS = range(3, 8)
+NEVER = math.inf  # as the frequency of overwriting: the remainder is then the step itself
 
 
 class Combined:
@@ -40,7 +41,7 @@ class Combined:
     def __init__(self, table: Table, decays: NDArray[np.float64]) -> None:
         self._table, self._decays = table, decays
         self._norms = np.zeros(len(table.sizes))
-        measuring, updating = (np.zeros(EMA_MOMENTUM + 1, np.int64) for _ in range(2))
+        measuring, updating = (np.zeros(SETTINGS + len(Settings._fields), np.int64) for _ in range(2))
         # Their words as integers and as float64: such a view is read and written faster than an array.
         self._measured: Any = measuring.data
         self._updated: Any = updating.data
@@ -87,13 +88,12 @@ class Combined:
         """Lay out what stays as it is for as long as the settings do."""
         self.forget()
         self._table.forget_multipliers()
-        i, words = part.inputs(), self._updated
-        averaged = i.ema_momentum is not None
-        variant = (False, i.clipvalue < np.inf, averaged, i.coupled, False)
-        self._pass, self._arguments = self._table.ready("one_pass", part.clock.commitment, *variant)
-        words[PASS], words[ARGUMENTS] = native.address_of(self._pass), self._arguments
-        words[SHOWN], words[FREQUENCY] = part.clock.shown, i.ema_overwrite_frequency or NEVER
-        numbers = (i.lr, i.beta1, i.beta2, i.eps, i.momentum_decay, i.decay, i.clipvalue, i.ema_momentum or 0.0)
-        for place, number in enumerate((self._table.smallest, *numbers), SMALLEST):
-            self._inputs[place] = number
+        h, now, clock, _ = part
+        self._pass, self._arguments = self._table.ready("one_pass", clock.commitment, *h.flags, False)
+        words = self._updated
+        words[PASS], words[ARGUMENTS], words[SHOWN] = native.address_of(self._pass), self._arguments, clock.shown
+        settings = h.settings(now)
+        settings = settings._replace(ema_overwrite_frequency=settings.ema_overwrite_frequency or NEVER)
+        for place, number in enumerate((self._table.smallest, *settings), SMALLEST):
+            self._inputs[place] = float(number)
         self._known = part[:3]

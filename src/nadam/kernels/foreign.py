@@ -11,12 +11,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from math import inf
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
+from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.traced import Pass, Tensor, Traits, dtype_of, largest_passing
 from nadam.kernels import native
@@ -34,7 +34,7 @@ def usable() -> bool:
 
 
 def one_pass(
-    p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits], *, clipvalue: float | None, rotated: bool = False
+    p: Pass, tensors: Sequence[Tensor], traits: Sequence[Traits], *, flags: Flags, rotated: bool = False
 ) -> dict[int, Tensor]:
     """Update, in place where the caller donates, all tensors that the kernel takes.
 
@@ -42,7 +42,7 @@ def one_pass(
         p: As `core.traced.update` makes it.
         tensors: Parameters and their state.
         traits: What is known of each; one with a constraint is left to the compiler.
-        clipvalue: Largest magnitude of an element of a gradient; None for any.
+        flags: What the update does besides the rule.
         rotated: Whether to work in place where the results' memory is that of the operands of the next kind, in the
             order of the fields of a tensor; of float32 and float64 parameters, whose moments have their dtype.
 
@@ -58,17 +58,15 @@ def one_pass(
     for formats, members in alike.items():
         own, width = COMPUTE_DTYPE[formats[0]], len(members)
         chosen = [tensors[i] for i in members]
-        decay, *scalars, momentum, weight = p.scalars_in(jnp, own)
-        values = (*scalars, p.unscale, inf if clipvalue is None else clipvalue, momentum, weight, p.overwrite)
+        s = p.scalars_in(jnp, own)
         factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
         decays = [float(traits[i].decays) for i in members]
-        operands = [_vector(values, own), _vector(factors, own), _vector(decays, own) * decay.astype(own)]
+        operands = [_vector(s, own), _vector(factors, own), _vector(decays, own) * s.decay.astype(own)]
         grads = [p.gradients[i] for i in members]
-        accumulated, averaged = chosen[0].accumulator is not None, chosen[0].ema is not None
-        fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * averaged, *["accumulator"] * accumulated]
+        fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * flags.averaged, *["accumulator"] * flags.accumulated]
         state = [getattr(tensor, field) for field in fields for tensor in chosen]
         turned = rotated and own == formats[0]
-        variant = (*formats, accumulated, clipvalue is not None, averaged, turned)
+        variant = (*formats, *flags, turned)
         # The place of each operand among the results.
         places = [(i - turned * width) % len(state) for i in range(len(state))]
         results = _call("one_pass", variant, [*operands, *grads], state, grads, state, places)

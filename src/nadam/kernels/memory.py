@@ -43,6 +43,25 @@ doubles = pointer_to(types.float64)
 
 
 @cache
+def fields_of(record: Any, storage: Any) -> Callable[..., Any]:
+    """Address -> a NamedTuple of numbers that lie there in its order."""
+
+    @intrinsic
+    def load(typing: Any, address: Any) -> Any:
+        made = types.NamedUniTuple(storage, len(record._fields), record)
+
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            first = builder.inttoptr(args[0], context.get_value_type(types.CPointer(storage)))
+            places = [ir.Constant(ir.IntType(64), i) for i in range(len(record._fields))]
+            values = [builder.load(builder.gep(first, [place])) for place in places]
+            return context.make_tuple(builder, made, values)
+
+        return made(types.int64), build
+
+    return load  # type: ignore[no-any-return]
+
+
+@cache
 def access(format_name: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """(scratch, opened, closed): part of a tensor as contiguous memory, and back.
 

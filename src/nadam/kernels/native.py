@@ -17,11 +17,12 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite.binding as llvm
 
-from nadam.core import average, coefficients, gradient, rule
+from nadam.core import average, coefficients, element, gradient, rule, scalars
 from nadam.core.exclusive import loading
 from nadam.kernels import disk
 
@@ -191,8 +192,7 @@ def _environment() -> str:
 
 def _mathematics() -> str:
     """The functions that are compiled into the passes, as they are now."""
-    passes = (rule.update, gradient.limit, gradient.coupled, average.average)
-    scalars = (coefficients.coefficients, coefficients.momentum, coefficients.log, coefficients.clamp_eps)
-    codes = [function.__code__ for function in (*passes, *scalars, average.averaging, average.where)]
-    constants = [coefficients.MOMENTUM_WARMUP]
+    modules = (rule, element, scalars, coefficients, average, gradient)
+    functions = (value for module in modules for value in vars(module).values() if isinstance(value, FunctionType))
+    codes, constants = [function.__code__ for function in functions], [coefficients.MOMENTUM_WARMUP]
     return repr([*constants, *((code.co_code, code.co_consts, code.co_names) for code in codes)])

@@ -13,7 +13,9 @@ from typing import Any
 from numba import float64, int64, njit, uint16, uint32
 
 from nadam.core import average, gradient, rule
+from nadam.core import element as elements_of
 from nadam.core.rebind import rebind
+from nadam.core.scalars import Scalars
 from nadam.kernels.formats import (
     CASTS,
     FORMATS,
@@ -24,7 +26,7 @@ from nadam.kernels.formats import (
     scattered,
     widen_bfloat16,
 )
-from nadam.kernels.memory import PIECE, access, doubles, fetch_add, integers, pointer_to
+from nadam.kernels.memory import PIECE, access, doubles, fetch_add, fields_of, integers, pointer_to
 from nadam.kernels.spans import (
     ACCUMULATOR,
     ADVANCED,
@@ -79,6 +81,11 @@ def maximum(value, bound):
     return bound if bound > value else value
 
 
+def compiled(function: Callable[..., Any], **names: Any) -> Any:
+    """A function of the core for the loops here."""
+    return njit(rebind(function, **names), inline="always", fastmath=KEEP_NAN)
+
+
 def shared(body: Callable[..., Any]) -> Any:
     """The kernel around a body that does part of a chunk: draws chunks until none is left, or ``budget`` of them.
 
@@ -122,8 +129,8 @@ def one_pass(
     grad_format: str,
     accumulated: bool,
     limited: bool,
+    penalized: bool,
     averaged: bool,
-    coupled: bool = False,
     rounded: bool = False,
     rotated: bool = False,
 ) -> Any:
@@ -132,10 +139,10 @@ def one_pass(
     Args:
         param_format: Format of the parameters; moments, accumulator and average have its compute dtype.
         grad_format: Format of the gradients.
-        accumulated: Whether to add the accumulator to the gradient, and clear it.
-        limited: Whether to limit each element of the gradient.
-        averaged: Whether to keep the moving average of the parameters.
-        coupled: Whether weight decay is added to the gradient instead.
+        accumulated: As of `element.Flags`, like the following.
+        limited: Likewise.
+        penalized: Likewise.
+        averaged: Likewise.
         rounded: Whether the first moment is kept in bfloat16, rounded by chance.
         rotated: Whether each result is written where the next operand was, in the order parameter, moments, average,
             accumulator, and the last where the parameter was; all of one format. For XLA, which may want it so.
@@ -148,43 +155,37 @@ def one_pass(
         narrow = narrow_bfloat16_plain
     param_scratch, open_param, close_param = access(param_format)
     grad_scratch, open_grad, _ = access(grad_format)
-    values = pointer_to(FORMATS[compute].storage)
+    values, scalars = pointer_to(FORMATS[compute].storage), fields_of(Scalars, FORMATS[compute].storage)
     width = FORMATS[compute].width
-    update = njit(rebind(rule.update, sqrt=math.sqrt), inline="always", fastmath=KEEP_NAN)
-    limit = njit(rebind(gradient.limit, minimum=minimum, maximum=maximum), inline="always", fastmath=KEEP_NAN)
-    penalized = njit(rebind(gradient.coupled), inline="always", fastmath=KEEP_NAN)
-    moving = njit(rebind(average.average), inline="always", fastmath=KEEP_NAN)
+    whole = njit(inline="always")(lambda param: param)
+    read_back = njit(inline="always")(lambda param: widen(narrow(param)))
+    names = {
+        "update": compiled(rule.update, sqrt=math.sqrt),
+        "limit": compiled(gradient.limit, minimum=minimum, maximum=maximum),
+        "coupled": compiled(gradient.coupled),
+        "average": compiled(average.average),
+        "where": compiled(average.where),
+        "stored": read_back if averaged and param_format in ("float16", "bfloat16") else whole,
+    }
+    element = compiled(elements_of.element, **names)
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(p, r, g, m, v, e, a, n, s, factor, decay, overwrite, start, key):
-        w1, w2, exp_avg_step, grad_step, eps = s[0], s[1], s[2], s[3], s[4]
-        unscale, clipvalue, ema_momentum, ema_weight = s[5], s[6], s[7], s[8]
+    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key):
         for i in range(n):
             grad = to_compute(widen_grad(g[i]))
-            if accumulated:
-                grad = a[i] + grad * unscale
-            grad = grad * factor
-            if limited:
-                grad = limit(grad, clipvalue)
             param = join_bfloat16(p[i], r[i]) if split else widen(p[i])
-            if coupled:
-                grad = penalized(grad, param, decay)
-            decoupled = to_compute(0.0) if coupled else decay
             old = widen_bfloat16(m[i]) if rounded else m[i]
-            param, first, second = update(param, grad, old, v[i], decoupled, w1, w2, exp_avg_step, grad_step, eps)
+            ema, total = e[i] if averaged else grad, a[i] if accumulated else grad
+            param, first, second, ema = element(
+                param, grad, old, v[i], ema, total, factor, decay, s, accumulated, limited, penalized, averaged
+            )
             stored = narrow(param)
             if split:
                 r[i] = rest_of_bfloat16(param, stored)
-            if averaged:
-                mean = moving(e[i], param if split else widen(stored), ema_momentum, ema_weight)
-                if overwrite:
-                    stored = narrow(mean)
-                    if split:
-                        r[i] = rest_of_bfloat16(mean, stored)
             if rotated:
                 m[i], v[i], last = stored, first, second
                 if averaged:
-                    e[i], last = last, mean
+                    e[i], last = last, ema
                 if accumulated:
                     a[i], last = last, to_compute(0.0)
                 p[i] = last
@@ -192,7 +193,7 @@ def one_pass(
             p[i], v[i] = stored, second
             m[i] = narrow_bfloat16_by_chance(first, scattered(start + i, key)) if rounded else first
             if averaged:
-                e[i] = mean
+                e[i] = ema
             if accumulated:
                 a[i] = to_compute(0.0)
 
@@ -205,9 +206,8 @@ def one_pass(
         v = values(row[EXP_AVG_SQ] + start * width)
         e, a = values(row[EMA] + start * width), values(row[ACCUMULATOR] + start * width)
         factor, decay = values(b[EXTRA])[tensor], values(b[EXTRA + 1])[tensor]
-        key = keys(b[EXTRA + 4])[tensor] if rounded else uint32(0)
-        scalars, overwrite = values(b[EXTRA + 2]), b[EXTRA + 3] != 0
-        elements(p, r, g, m, v, e, a, count, scalars, factor, decay, overwrite, start, key)
+        key = keys(b[EXTRA + 3])[tensor] if rounded else uint32(0)
+        elements(p, r, g, m, v, e, a, count, scalars(b[EXTRA + 2]), factor, decay, start, key)
         close_param(p, row[PARAM], param_layout, start, count)
 
     return shared(body)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.average import Averaging
 from nadam.core.clock import Commit
-from nadam.core.coefficients import Coefficients
+from nadam.core.element import Flags
 from nadam.core.gradient import Check
+from nadam.core.scalars import Scalars
 from nadam.kernels import native
 from nadam.kernels.combined import Combined
 from nadam.kernels.table import Table
@@ -125,27 +125,19 @@ class Plan:
 
     def update(
         self,
-        c: Coefficients,
+        s: Scalars,
+        flags: Flags,
         *,
         grad_factors: Sequence[float] | float,
-        decay: float,
-        coupled: bool = False,
-        unscale: float | None,
-        clipvalue: float,
-        averaging: Averaging | None,
         commit: Commit,
         step: int = 0,
     ) -> None:
         """The one pass.
 
         Args:
-            c: This step's scalars.
+            s: This update's scalars.
+            flags: What it does besides the rule.
             grad_factors: What multiplies the gradient of each tensor, or one factor for all.
-            decay: lr * weight_decay; weight_decay, where it is coupled.
-            coupled: Whether decay times the parameter is added to the gradient instead.
-            unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
-            clipvalue: Largest magnitude of an element of the gradient, infinity for any.
-            averaging: How the moving average moves; None where there is none.
             commit: The counters before and after.
             step: Number of this update; what is rounded by chance depends on it.
         """
@@ -155,6 +147,5 @@ class Plan:
             if table.rounded:
                 table.keys[:] = keys(self.seed, step, self.members[members])
             same = isinstance(grad_factors, float)
-            table.set_multipliers(grad_factors if same else np.take(grad_factors, members).tolist(), decay, decays)
-            moving = averaging if averaged else None
-            table.update(c, coupled=coupled, unscale=unscale, clipvalue=clipvalue, averaging=moving, commit=commit)
+            table.set_multipliers(grad_factors if same else np.take(grad_factors, members).tolist(), s.decay, decays)
+            table.update(s, flags._replace(averaged=flags.averaged and averaged), commit)

@@ -8,35 +8,29 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba import float64, int64, njit, types
+from numba import float64, int64, literal_unroll, njit, types
 from numba.extending import intrinsic
 
 from nadam.core import average, coefficients
+from nadam.core import scalars as core_scalars
 from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.rebind import rebind
+from nadam.core.scalars import Settings
 from nadam.kernels.combined import (
     ARGUMENTS,
-    BETA1,
-    BETA2,
-    CLIPVALUE,
-    DECAY,
     DECAYS,
-    EMA_MOMENTUM,
-    EPS,
     FINITE,
-    FREQUENCY,
     GRAD_FACTOR,
-    LR,
-    MOMENTUM_DECAY,
     NORMS,
     NUM_TENSORS,
     PASS,
+    SETTINGS,
     SHOWN,
     SMALLEST,
     SQUARE,
 )
 from nadam.kernels.formats import CASTS, FORMATS
-from nadam.kernels.memory import doubles, integers, pointer_to
+from nadam.kernels.memory import doubles, fields_of, integers, pointer_to
 from nadam.kernels.numba import maximum
 from nadam.kernels.spans import (
     ADVANCED,
@@ -107,40 +101,36 @@ def update(compute: str) -> Any:
         compute: What the pass computes in.
     """
     values, narrow = pointer_to(FORMATS[compute].storage), CASTS[compute]
-    log = njit(rebind(coefficients.log, math=math))
+    settings = fields_of(Settings, float64)
     momentum = njit(rebind(coefficients.momentum, MOMENTUM_WARMUP=coefficients.MOMENTUM_WARMUP))
-    names = {"log": log, "momentum": momentum, "sqrt": math.sqrt, "expm1": math.expm1}
-    scalars = njit(rebind(coefficients.coefficients, Coefficients=coefficients.Coefficients, **names))
+    names = {"log": njit(rebind(coefficients.log, math=math)), "momentum": momentum}
+    names |= {"sqrt": math.sqrt, "expm1": math.expm1, "Coefficients": coefficients.Coefficients}
     where = njit(rebind(average.where))
-    averaging = njit(rebind(average.averaging, where=where, Averaging=average.Averaging))
-    clamp_eps = njit(rebind(coefficients.clamp_eps, where=where, maximum=maximum))
+    scalars = njit(
+        rebind(
+            core_scalars.scalars,
+            coefficients=njit(rebind(coefficients.coefficients, **names)),
+            averaging=njit(rebind(average.averaging, where=where, Averaging=average.Averaging)),
+            clamp_eps=njit(rebind(coefficients.clamp_eps, where=where, maximum=maximum)),
+            where=where,
+            Scalars=core_scalars.Scalars,
+        )
+    )
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):
         b, x = integers(block), doubles(block)
         arguments = integers(b[ARGUMENTS])
         clock, advanced = doubles(arguments[CLOCK]), doubles(arguments[ADVANCED])
-        step = int64(clock[CALLS]) + 1
-        c, product = scalars(
-            float64(step),
-            lr=x[LR],
-            beta1=x[BETA1],
-            beta2=x[BETA2],
-            eps=x[EPS],
-            momentum_decay=x[MOMENTUM_DECAY],
-            momentum_product=clock[MOMENTUM_PRODUCT],
-        )
-        kept, weight, overwrite = averaging(x[EMA_MOMENTUM], b[FREQUENCY], step)
-        eps, rest = clamp_eps(x[EPS], c.eps, x[SMALLEST]), (1.0, x[CLIPVALUE], kept, weight)
+        step = float64(int64(clock[CALLS]) + 1)
+        s, product = scalars(settings(block + 8 * SETTINGS), step, step, clock[MOMENTUM_PRODUCT], 1.0, x[SMALLEST])
         target = values(arguments[EXTRA + 2])
-        made = (c.exp_avg_weight, c.exp_avg_sq_weight, c.exp_avg_step, c.grad_step, eps, *rest)
-        for k, value in enumerate(made):
+        for k, value in enumerate(literal_unroll(s)):
             target[k] = narrow(value)
-        arguments[EXTRA + 3] = overwrite
         factors, decays, excluded = values(arguments[EXTRA]), values(arguments[EXTRA + 1]), doubles(b[DECAYS])
         for tensor in range(b[NUM_TENSORS]):
             factors[tensor] = narrow(x[GRAD_FACTOR])
-            decays[tensor] = narrow(excluded[tensor] * x[DECAY])
+            decays[tensor] = narrow(excluded[tensor] * s.decay)
         advanced[CALLS], advanced[SKIPPED] = clock[CALLS] + 1.0, clock[SKIPPED]
         advanced[MOMENTUM_PRODUCT] = product
         shown = b[SHOWN]

@@ -1,16 +1,16 @@
 """A group of tensors that one call of a kernel does together."""
 
 from collections.abc import Callable, Sequence
-from math import inf
 from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.average import Averaging
 from nadam.core.clock import Commit
-from nadam.core.coefficients import SMALLEST_NORMAL, Coefficients, clamp_eps
+from nadam.core.coefficients import SMALLEST_NORMAL, clamp_eps
+from nadam.core.element import Flags
+from nadam.core.scalars import Scalars
 from nadam.kernels import native, spans
 from nadam.kernels.threads import get_num_threads, share_out
 
@@ -53,14 +53,14 @@ class Table:
         self._factors, self._decays = np.ones(n, self.compute), np.zeros(n, self.compute)
         self._bounds, self._scale = np.zeros(2, self.compute), np.ones(1)
         self._scalars, self._pack_scalars = (
-            np.zeros(9, self.compute),
-            Struct("9f" if self.compute == "float32" else "9d"),
+            np.zeros(len(Scalars._fields), self.compute),
+            Struct(f"{len(Scalars._fields)}{'f' if self.compute == 'float32' else 'd'}"),
         )
         self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
         self._control = np.zeros(2, np.int64)
         self.shared = self._control.data  # the same, faster to read
         self.keys = np.zeros(n, np.uint32)  # of the first moments' rounding by chance, new at every step
-        self._update_block = self._block(self._factors, self._decays, self._scalars, None, self.keys)
+        self._update_block = self._block(self._factors, self._decays, self._scalars, self.keys)
         self._blocks = {
             "one_pass": self._update_block,
             "accumulate": self._block(self._bounds),
@@ -139,31 +139,20 @@ class Table:
 
     def update(
         self,
-        c: Coefficients,
-        *,
-        coupled: bool,
-        unscale: float | None,
-        clipvalue: float,
-        averaging: Averaging | None,
+        s: Scalars,
+        flags: Flags,
         commit: Commit,
     ) -> None:
         """The one pass, after `set_multipliers`.
 
         Args:
-            c: This step's scalars.
-            coupled: Whether decay is of the gradient.
-            unscale: With accumulation, what multiplies the gradient before the accumulator is added; else None.
-            clipvalue: Largest magnitude of an element of the gradient, infinity for any.
-            averaging: How the moving average moves; None where there is none.
+            s: This update's scalars.
+            flags: What it does besides the rule.
             commit: The counters before and after.
         """
-        momentum, weight, overwrite = averaging if averaging is not None else (0.0, 0.0, False)
-        eps = clamp_eps(c.eps, c.eps, self.smallest)
-        rest = (eps, 1.0 if unscale is None else unscale, clipvalue, momentum, weight)
-        self._pack_scalars.pack_into(self._scalars.data, 0, *c[:-1], *rest)  # five times as fast as NumPy's assignment
-        self._update_block[0][spans.EXTRA + 3] = overwrite
-        variant = (unscale is not None, clipvalue < inf, averaging is not None, coupled, self.rounded)
-        self._run("one_pass", commit, *variant)
+        s = s._replace(eps=clamp_eps(s.eps, s.eps, self.smallest))
+        self._pack_scalars.pack_into(self._scalars.data, 0, *s)  # five times as fast as NumPy's assignment
+        self._run("one_pass", commit, *flags, self.rounded)
 
 
 def address(array: NDArray[Any]) -> int:

@@ -12,20 +12,21 @@ all of a tensor that is not, element by element.
 import triton
 import triton.language as tl
 
+from nadam.core.scalars import Scalars
 from nadam.kernels import spans
 from nadam.kernels.triton_formats import (
-    coupled,
+    element,
+    element_bfloat16,
+    element_float16,
     join_bfloat16,
-    limit,
     load,
     load_if,
-    moving,
     narrow,
     narrow_bfloat16_by_chance,
     rest_of_bfloat16,
+    scalars_at,
     scattered,
     store,
-    update,
     widen,
     widen_bfloat16,
 )
@@ -40,10 +41,8 @@ KEY, FLAGS = spans.PARAM_LAYOUT, spans.GRAD_LAYOUT
 ALIGNED, EXCLUDED = 1, 2  # flags: to 16 bytes; from weight decay
 # What a step does, as triton_prepare.py has decided, and its scalars.
 SKIP, ACCUMULATE, UPDATE = range(3)
-SCALARS = (
-    "mode", "factor", "decay", "exp_avg_weight", "exp_avg_sq_weight", "exp_avg_step", "grad_step", "eps", "unscale",
-    "clipvalue", "ema_momentum", "ema_weight", "overwrite",
-)  # fmt: skip
+# With accumulation or clipping of each, tensors have factors of their own.
+SCALARS = ("mode", "factor", *Scalars._fields)
 # What `measure` gives of a chunk: sum of squares, the same of values times SHRINK, number of values that are too large.
 PARTIALS = 3
 SHRINK = 2.0**-600
@@ -55,9 +54,9 @@ _EXP_AVG_SQ, _EMA = tl.constexpr(spans.EXP_AVG_SQ), tl.constexpr(spans.EMA)
 _ACCUMULATOR, _REMAINDER = tl.constexpr(spans.ACCUMULATOR), tl.constexpr(spans.REMAINDER)
 _KEY, _FLAGS, _ALIGNED, _EXCLUDED = (tl.constexpr(value) for value in (KEY, FLAGS, ALIGNED, EXCLUDED))
 _ACCUMULATE, _UPDATE = tl.constexpr(ACCUMULATE), tl.constexpr(UPDATE)
-_MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CLIPVALUE, _KEPT, _WEIGHT, _OVERWRITE = (
-    tl.constexpr(i) for i in range(len(SCALARS))
-)
+_FIRST = tl.constexpr(SCALARS.index(Scalars._fields[0]))
+_MODE, _FACTOR = (tl.constexpr(SCALARS.index(name)) for name in ("mode", "factor"))
+_UNSCALE, _DECAY = (tl.constexpr(SCALARS.index(name)) for name in ("unscale", "decay"))
 _PARTIALS, _SHRINK, _SPLIT = tl.constexpr(PARTIALS), tl.constexpr(SHRINK), tl.constexpr(spans.SPLIT)
 _CALLS = tl.constexpr(0)
 
@@ -77,51 +76,82 @@ def _memory(row):
 
 
 @triton.jit
-def _numbers(scalars):
-    """What the elements of all tensors need."""
-    w1, w2, eps = tl.load(scalars + _W1), tl.load(scalars + _W2), tl.load(scalars + _EPS)
-    exp_avg_step, grad_step = tl.load(scalars + _EXP_AVG_STEP), tl.load(scalars + _GRAD_STEP)
-    unscale, clipvalue = tl.load(scalars + _UNSCALE), tl.load(scalars + _CLIPVALUE)
-    kept, weight, overwrite = tl.load(scalars + _KEPT), tl.load(scalars + _WEIGHT), tl.load(scalars + _OVERWRITE)
-    return w1, w2, exp_avg_step, grad_step, eps, unscale, clipvalue, kept, weight, overwrite
-
-
-@triton.jit
 def _block(
-    memory, numbers, start, left, factor, decay, key,
+    memory, s, start, left, factor, decay, key,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PARAM_ELEMENT: tl.constexpr, GRAD_ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr, ACCUMULATED: tl.constexpr, LIMITED: tl.constexpr, AVERAGED: tl.constexpr,
     COUPLED: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Update one block: load, widen, rule, narrow, store."""
+    """Update one block: load, widen, what each element goes through, narrow, store."""
     param_at, rest_at, grad_at, exp_avg_at, exp_avg_sq_at, ema_at, accumulator_at = memory
-    w1, w2, exp_avg_step, grad_step, eps, unscale, clipvalue, kept, weight, overwrite = numbers
     if ACCUMULATED:
         grad = widen(load_if(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
-        grad = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE) + grad * unscale
-        store(accumulator_at, start, left, tl.zeros((BLOCK,), COMPUTE), COMPUTE, BLOCK, WIDE)
+        accumulator = load(accumulator_at, start, left, COMPUTE, BLOCK, WIDE)
     else:
         grad = widen(load(grad_at, start, left, GRAD_ELEMENT, BLOCK, WIDE), GRAD, COMPUTE)
-    grad = grad * factor
-    if LIMITED:
-        grad = limit(grad, clipvalue)
+        accumulator = grad
     half = load(param_at, start, left, PARAM_ELEMENT, BLOCK, WIDE)
     if PARAM == _SPLIT:
         param = join_bfloat16(half, load(rest_at, start, left, tl.uint16, BLOCK, WIDE))
     else:
         param = widen(half, PARAM, COMPUTE)
-    decoupled = decay
-    if COUPLED:
-        grad = coupled(grad, param, decay)
-        decoupled = decay * 0.0
     if ROUNDED:
         exp_avg = widen_bfloat16(load(exp_avg_at, start, left, tl.uint16, BLOCK, WIDE))
     else:
         exp_avg = load(exp_avg_at, start, left, COMPUTE, BLOCK, WIDE)
     exp_avg_sq = load(exp_avg_sq_at, start, left, COMPUTE, BLOCK, WIDE)
-    param, exp_avg, exp_avg_sq = update(
-        param, grad, exp_avg, exp_avg_sq, decoupled, w1, w2, exp_avg_step, grad_step, eps
-    )
+    if AVERAGED:
+        ema = load(ema_at, start, left, COMPUTE, BLOCK, WIDE)
+    else:
+        ema = param
+    if PARAM == "bfloat16":
+        param, exp_avg, exp_avg_sq, ema = element_bfloat16(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            ema,
+            accumulator,
+            factor,
+            decay,
+            s,
+            ACCUMULATED,
+            LIMITED,
+            COUPLED,
+            AVERAGED,
+        )
+    elif PARAM == "float16":
+        param, exp_avg, exp_avg_sq, ema = element_float16(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            ema,
+            accumulator,
+            factor,
+            decay,
+            s,
+            ACCUMULATED,
+            LIMITED,
+            COUPLED,
+            AVERAGED,
+        )
+    else:
+        param, exp_avg, exp_avg_sq, ema = element(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            ema,
+            accumulator,
+            factor,
+            decay,
+            s,
+            ACCUMULATED,
+            LIMITED,
+            COUPLED,
+            AVERAGED,
+        )
     store(exp_avg_sq_at, start, left, exp_avg_sq, COMPUTE, BLOCK, WIDE)
     if ROUNDED:
         chance = scattered(start + tl.arange(0, BLOCK), key)
@@ -129,12 +159,9 @@ def _block(
     else:
         store(exp_avg_at, start, left, exp_avg, COMPUTE, BLOCK, WIDE)
     if AVERAGED:
-        stored = param
-        if PARAM == "bfloat16" or PARAM == "float16":  # the average is of what is stored
-            stored = widen(narrow(param, PARAM), PARAM, COMPUTE)
-        ema = moving(load(ema_at, start, left, COMPUTE, BLOCK, WIDE), stored, kept, weight)
         store(ema_at, start, left, ema, COMPUTE, BLOCK, WIDE)
-        param = tl.where(overwrite != 0, ema, param)
+    if ACCUMULATED:
+        store(accumulator_at, start, left, tl.zeros((BLOCK,), COMPUTE), COMPUTE, BLOCK, WIDE)
     store(param_at, start, left, narrow(param, PARAM), PARAM_ELEMENT, BLOCK, WIDE)
     if PARAM == _SPLIT:
         store(rest_at, start, left, rest_of_bfloat16(param), tl.uint16, BLOCK, WIDE)
@@ -202,7 +229,7 @@ def one_pass(
                     GRAD, GRAD_ELEMENT, COMPUTE, BLOCK, False,
                 )  # fmt: skip
     if moves:
-        memory, numbers = _memory(row), _numbers(scalars)
+        memory, numbers = _memory(row), scalars_at(scalars + _FIRST)
         if EACH:
             factor = tl.load(factors + tensor)
         else:

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 
 from nadam.core import average, coefficients, gradient, rule
+from nadam.core import element as elements
+from nadam.core import scalars as core_scalars
+from nadam.core.scalars import Scalars
 from nadam.kernels.spans import SPLIT
-from nadam.kernels.triton_source import compiled
+from nadam.kernels.triton_source import compiled, jitted
 
 _SPLIT = tl.constexpr(SPLIT)
 
@@ -65,26 +68,23 @@ def _where(condition, yes, no):
     return tl.where(condition, yes, no)
 
 
-@triton.jit
-def _five(exp_avg_weight, exp_avg_sq_weight, exp_avg_step, grad_step, eps):
-    return exp_avg_weight, exp_avg_sq_weight, exp_avg_step, grad_step, eps
-
-
-@triton.jit
-def _three(momentum, weight, overwrite):
-    return momentum, weight, overwrite
-
-
-update = compiled(rule.update, sqrt=root)
-limit = compiled(gradient.limit, minimum=minimum, maximum=maximum)
-coupled = compiled(gradient.coupled)
-moving = compiled(average.average)
-averaging = compiled(average.averaging, where=_where, Averaging=_three)
 _momentum = compiled(coefficients.momentum, power=power, MOMENTUM_WARMUP=tl.constexpr(coefficients.MOMENTUM_WARMUP))
-step_coefficients = compiled(
-    coefficients.coefficients, momentum=_momentum, sqrt=root, expm1=expm1, log=_log, Coefficients=_five
-)
 clamp_eps = compiled(coefficients.clamp_eps, where=_where, maximum=maximum)
+step_scalars = compiled(
+    core_scalars.scalars,
+    coefficients=compiled(
+        coefficients.coefficients,
+        momentum=_momentum,
+        sqrt=root,
+        expm1=expm1,
+        log=_log,
+        Coefficients=coefficients.Coefficients,
+    ),
+    averaging=compiled(average.averaging, where=_where, Averaging=average.Averaging),
+    clamp_eps=clamp_eps,
+    where=_where,
+    Scalars=Scalars,
+)
 clip_factor = compiled(gradient.clip_factor, minimum=minimum, maximum=maximum, TINY=tl.constexpr(gradient.TINY))
 global_clip_factor = compiled(gradient.global_clip_factor, clip_factor=clip_factor)
 
@@ -216,3 +216,35 @@ ELEMENTS = {
     "float64": tl.float64,
 }
 INFINITY = tl.constexpr(math.inf)
+
+
+@triton.jit
+def _as_it_is(param):
+    return param
+
+
+@triton.jit
+def _read_back_bfloat16(param):
+    return widen(narrow(param, "bfloat16"), "bfloat16", tl.float32)
+
+
+@triton.jit
+def _read_back_float16(param):
+    return widen(narrow(param, "float16"), "float16", tl.float32)
+
+
+_NAMES = {
+    "update": compiled(rule.update, sqrt=root),
+    "limit": compiled(gradient.limit, minimum=minimum, maximum=maximum),
+    "coupled": compiled(gradient.coupled),
+    "average": compiled(average.average),
+    "where": _where,
+}
+# By what is read back of a parameter that is stored.
+element, element_bfloat16, element_float16 = (
+    compiled(elements.element, **_NAMES, stored=stored)
+    for stored in (_as_it_is, _read_back_bfloat16, _read_back_float16)
+)
+# The scalars that lie at an address.
+_loads = ", ".join(f"tl.load(address + {i})" for i in range(len(Scalars._fields)))
+scalars_at = jitted(f"def scalars_at(address):\n    return Scalars({_loads})", "scalars_at", {"Scalars": Scalars})

@@ -10,15 +10,15 @@ import triton.language as tl
 
 from nadam.core import clock
 from nadam.core.coefficients import SMALLEST_NORMAL
+from nadam.core.scalars import Scalars, Settings
 from nadam.kernels import spans
 from nadam.kernels.triton import KEY, PARTIALS, SCALARS, SHRINK
 from nadam.kernels.triton_formats import (
     INFINITY,
-    averaging,
     clamp_eps,
     clip_factor,
     global_clip_factor,
-    step_coefficients,
+    step_scalars,
 )
 
 WARPS = 8
@@ -26,9 +26,9 @@ BLOCK = 2048  # partial sums, or tensors, at once
 # What `prepare` reports of a step: the mode, updates so far, learning rate, norm, factor of clipping, skipped calls.
 REPORT = ("mode", "step", "learning_rate", "grad_norm", "clip_factor", "skipped_steps")
 
-_MODE, _FACTOR, _DECAY, _W1, _W2, _EXP_AVG_STEP, _GRAD_STEP, _EPS, _UNSCALE, _CLIPVALUE, _KEPT, _WEIGHT, _OVERWRITE = (
-    tl.constexpr(i) for i in range(len(SCALARS))
-)
+_MODE, _FACTOR = (tl.constexpr(SCALARS.index(name)) for name in ("mode", "factor"))
+_FIRST, _COUNT = tl.constexpr(SCALARS.index(Scalars._fields[0])), tl.constexpr(len(Scalars._fields))
+_EPS = tl.constexpr(Scalars._fields.index("eps"))
 _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
     tl.constexpr(i) for i in (clock.CALLS, clock.MOMENTUM_PRODUCT, clock.SKIPPED, clock.SEEN)
 )
@@ -218,30 +218,18 @@ def prepare(
     if not ACCUMULATED:
         spread = sign * multiplier
 
-    c, next_product = step_coefficients(
-        step, rate, _wide(beta1), _wide(beta2), _wide(eps), _wide(momentum_decay), product
-    )
-    exp_avg_weight, exp_avg_sq_weight, exp_avg_step, grad_step, small = c
-    kept, weight, overwrite = averaging(_wide(ema_momentum), FREQUENCY, step)
-    decay = _wide(weight_decay)
-    if not COUPLED:
-        decay = decay * rate
+    settings = Settings(
+        rate, _wide(beta1), _wide(beta2), _wide(eps), _wide(momentum_decay), _wide(weight_decay), COUPLED,
+        _wide(clip), _wide(ema_momentum), FREQUENCY,
+    )  # fmt: skip
+    s, next_product = step_scalars(settings, step, step, product, multiplier, _wide(_SMALLEST64))
+    for i in tl.static_range(_COUNT):
+        value = _wide(s[i])
+        tl.store(scalars64 + _FIRST + i, value)
+        if i == _EPS:
+            value = clamp_eps(value, value, _wide(_SMALLEST32))
+        tl.store(scalars32 + _FIRST + i, value.to(tl.float32))
     _put(scalars32, scalars64, _FACTOR, spread * factor)
-    _put(scalars32, scalars64, _DECAY, decay)
-    _put(scalars32, scalars64, _W1, exp_avg_weight)
-    _put(scalars32, scalars64, _W2, exp_avg_sq_weight)
-    _put(scalars32, scalars64, _EXP_AVG_STEP, exp_avg_step)
-    _put(scalars32, scalars64, _GRAD_STEP, grad_step)
-    tl.store(scalars32 + _EPS, clamp_eps(_wide(eps), small, _wide(_SMALLEST32)).to(tl.float32))
-    tl.store(scalars64 + _EPS, clamp_eps(_wide(eps), small, _wide(_SMALLEST64)))
-    _put(scalars32, scalars64, _UNSCALE, multiplier)
-    _put(scalars32, scalars64, _CLIPVALUE, _wide(clip))
-    _put(scalars32, scalars64, _KEPT, kept)
-    _put(scalars32, scalars64, _WEIGHT, weight)
-    if FREQUENCY is None:
-        _put(scalars32, scalars64, _OVERWRITE, _wide(0.0))
-    else:
-        _put(scalars32, scalars64, _OVERWRITE, overwrite.to(tl.float64))
     mode = tl.where(passed, tl.where(updating, 2.0, 1.0), 0.0).to(tl.float64)
     _put(scalars32, scalars64, _MODE, mode)
     if ROUNDED:

@@ -55,12 +55,23 @@ def compiled(function: Callable[..., Any], **names: Any) -> Any:
         function: A Python function that uses only its arguments and global names.
         **names: What each global name stands for; ``power`` for the operator ``**``.
     """
-    source = spelled(function)
+    return jitted(spelled(function), f"{function.__module__}.{function.__qualname__}", names)
+
+
+def jitted(source: str, label: str, names: dict[str, Any]) -> Any:
+    """The function that a source defines, compiled by Triton.
+
+    Args:
+        source: Of one function.
+        label: What tracebacks call it.
+        names: Its global names.
+    """
     # Triton asks `inspect` for the source, which asks `linecache`; an entry without a date is never looked up on disk.
-    file = f"<{function.__module__}.{function.__qualname__} for Triton>"
+    file = f"<{label} for Triton>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names["tl"] = tl  # its interpreter looks for it among a function's global names
+    names["__name__"] = __name__
+    known = set(names)
     exec(compile(source, file, "exec"), names)
-    copy = names.pop(function.__name__)
-    copy.__module__ = function.__module__
-    return triton.jit(copy)
+    (name,) = set(names) - known - {"__builtins__"}
+    return triton.jit(names.pop(name))

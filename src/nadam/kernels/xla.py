@@ -22,7 +22,6 @@ from nadam.kernels.spans import (
     CHUNK_COLUMNS,
     CHUNKS,
     COLUMNS,
-    COMPUTE_DTYPE,
     CONTROL,
     COUNT,
     EMA,
@@ -202,18 +201,22 @@ def handler(kernel: Any, fill: Any, end: Any) -> Any:
 
 
 def one_pass(
-    param_format: str, grad_format: str, accumulated: bool, limited: bool, averaged: bool, rotated: bool = False
+    param_format: str,
+    grad_format: str,
+    accumulated: bool,
+    limited: bool,
+    penalized: bool,
+    averaged: bool,
+    rotated: bool = False,
 ) -> Any:
     """The handler that updates parameters, moments and average in one pass; in place, so results alias operands.
 
-    Operands: the scalars as `table.py` orders them, then whether to overwrite; a factor for each gradient; a decay for
-    each parameter; gradients, parameters, both moments, averages and accumulators if there are any. Results: scratch
-    memory, then all that was given from the parameters on. ``rotated``, results alias the operands of the next kind.
+    Operands: the fields of `scalars.Scalars`; a factor for each gradient; a decay for each parameter; gradients,
+    parameters, both moments, averages and accumulators if there are any. Results: scratch memory, then all that was
+    given from the parameters on. ``rotated``, results alias the operands of the next kind.
 
     The arguments are those of `numba.one_pass`.
     """
-    compute = COMPUTE_DTYPE[param_format]
-    values, zero = pointer_to(FORMATS[compute].storage), CASTS[compute](0.0)
     columns = (PARAM, EXP_AVG, EXP_AVG_SQ, *([EMA] * averaged), *([ACCUMULATOR] * accumulated))
     state = len(columns)
 
@@ -224,7 +227,6 @@ def one_pass(
         rows, elements = tables(scratch, count), 0
         block = integers(scratch + 8 * BLOCK)
         block[EXTRA], block[EXTRA + 1], block[EXTRA + 2] = data(args, 1), data(args, 2), data(args, 0)
-        block[EXTRA + 3] = values(data(args, 0))[9] != zero
         for t in range(count):
             row = integers(rows + 8 * COLUMNS * t)
             row[GRAD] = data(args, 3 + t)
@@ -237,7 +239,8 @@ def one_pass(
     def end(scratch):
         pass
 
-    kernel = passes.one_pass(param_format, grad_format, accumulated, limited, averaged, rotated=rotated)
+    flags = accumulated, limited, penalized, averaged
+    kernel = passes.one_pass(param_format, grad_format, *flags, rotated=rotated)
     return handler(kernel, fill, end)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from math import inf, sqrt
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nadam.core.average import Averaging
 from nadam.core.clock import Commit
-from nadam.core.coefficients import Coefficients, clamp_eps
+from nadam.core.coefficients import clamp_eps
+from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.scalars import Scalars
 from nadam.core.step import Part
 from nadam.kernels.arrays import mathematics
 from nadam.kernels.plan import SHRINK, keys
@@ -44,6 +46,12 @@ class Lists:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __lt__(self, bound: float) -> Lists:
+        return Lists([tensor < bound for tensor in self.tensors])
+
+    def __gt__(self, bound: float) -> Lists:
+        return Lists([tensor > bound for tensor in self.tensors])
+
 
 class ListMathematics:
     """What `kernels.arrays.mathematics` asks of a library, for Lists."""
@@ -54,7 +62,10 @@ class ListMathematics:
 
     @staticmethod
     def where(condition: Any, yes: Any, no: Any) -> Any:
-        return yes if condition else no
+        if not isinstance(condition, Lists):
+            return yes if condition else no
+        columns = (each.tensors if isinstance(each, Lists) else repeat(each) for each in (yes, no))
+        return Lists([torch.where(*row) for row in zip(condition.tensors, *columns, strict=False)])
 
     log = expm1 = sqrt  # of scalars, which are floats here and pass by
 
@@ -109,49 +120,47 @@ class ArraysPlan:
     @torch.no_grad()
     def update(
         self,
-        c: Coefficients,
+        s: Scalars,
+        flags: Flags,
         *,
         grad_factors: Sequence[float] | float,
-        decay: float,
-        coupled: bool,
-        unscale: float | None,
-        clipvalue: float,
-        averaging: Averaging | None,
         commit: Commit,
         step: int = 0,
     ) -> None:
         """As of `Plan`."""
         commit[0][:] = commit[1]
-        m, rows = mathematics(ListMathematics), self.rows
-        grads = self._wide(unscale, accumulated=unscale is not None)
-        grads = grads * (grad_factors if isinstance(grad_factors, float) else _scalars(grad_factors, grads))
-        if clipvalue < inf:
-            grads = Lists([mathematics(torch).limit(grad, clipvalue) for grad in grads.tensors])
-        wide = Lists([joined(row.param, row.state) for row in rows])
-        if coupled:
-            grads = m.coupled(grads, wide, decay)
+        rows = self.rows
         exp_avg_sqs = Lists([row.state["exp_avg_sq"] for row in rows])
-        exp_avgs = Lists([row.state["exp_avg"].to(row.state["exp_avg_sq"].dtype) for row in rows])
-        *scalars, eps = c
-        floors = [clamp_eps(eps, eps, torch.finfo(each.dtype).smallest_normal) for each in exp_avg_sqs.tensors]
-        scalars.append(floors[0] if len(set(floors)) == 1 else _scalars(floors, exp_avg_sqs))
-        params, exp_avgs, new = m.update(wide, grads, exp_avgs, exp_avg_sqs, 0.0 if coupled else decay, *scalars)
+        floors = [clamp_eps(s.eps, s.eps, torch.finfo(each.dtype).smallest_normal) for each in exp_avg_sqs.tensors]
+        s = s._replace(eps=floors[0] if len(set(floors)) == 1 else _scalars(floors, exp_avg_sqs))
+
+        def stored(params: Lists) -> Lists:
+            for row, param in zip(rows, params.tensors, strict=True):
+                store(row.param, row.state, param)
+            return Lists([joined(row.param, row.state) for row in rows])
+
+        params, exp_avgs, new, emas = mathematics(ListMathematics).element(stored)(
+            Lists([joined(row.param, row.state) for row in rows]),
+            self._wide(None, accumulated=False),
+            Lists([row.state["exp_avg"].to(row.state["exp_avg_sq"].dtype) for row in rows]),
+            exp_avg_sqs,
+            Lists([row.state["ema"] for row in rows]) if flags.averaged else None,
+            Lists([row.state["grad_accumulator"] for row in rows]) if flags.accumulated else None,
+            grad_factors if isinstance(grad_factors, float) else _scalars(grad_factors, exp_avg_sqs),
+            s.decay,
+            s,
+            *flags,
+        )
         torch._foreach_copy_(exp_avg_sqs.tensors, new.tensors)
         for row, exp_avg, key in zip(rows, exp_avgs.tensors, keys(self.seed, step, self.members).tolist(), strict=True):
             rounded = row.state["exp_avg"].dtype == torch.bfloat16
             row.state["exp_avg"].copy_(rounded_by_chance(exp_avg, key) if rounded else exp_avg)
-        if unscale is not None:
+        if flags.accumulated:
             torch._foreach_zero_([row.state["grad_accumulator"] for row in rows])
-        for row, param in zip(rows, params.tensors, strict=True):
-            store(row.param, row.state, param)
-        if averaging is not None:
-            emas = Lists([row.state["ema"] for row in rows])
-            wide = Lists([joined(row.param, row.state) for row in rows])
-            averages = m.average(emas, wide, averaging.momentum, averaging.weight)
-            torch._foreach_copy_(emas.tensors, averages.tensors)
-            if averaging.overwrite:
-                for row, average in zip(rows, averages.tensors, strict=True):
-                    store(row.param, row.state, average)
+        if flags.averaged:
+            torch._foreach_copy_([row.state["ema"] for row in rows], emas.tensors)
+            if s.overwrite:
+                stored(params)
 
 
 def _scalars(factors: Sequence[float], like: Lists) -> Lists:
