@@ -1,5 +1,8 @@
 """PyTorch's tensors in the kernels' tables: found anew at every step, refused where they are not as before."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -95,6 +98,12 @@ def test_a_gradient_that_lies_otherwise_does_not_fit(make, other):
     assert not plan.fits([OTHERS[other](grads[0]), *grads[1:]])
     assert not plan.fits(grads[:-1])
     assert plan.fits(grads)
+
+
+def test_steps_of_numpy_before_pytorch_is_there():
+    program = "import numpy as np, nadam\nfor _ in range(2): nadam.Nadam().apply([np.ones(3)], [np.ones(3)])\n"
+    program += "import torch\nfrom nadam.kernels import tensors\nassert tensors.tensor_words()"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 EXCHANGES = {

@@ -101,7 +101,7 @@ class Pointers:
         members = [[d, *((key, d[key]) for key in keys)] for d, keys in dicts]
         self._keep += [members, [list(one) for one in lists]]
         ranges = sorted(bounds(array) for array in written if array.size)
-        scratch, words = np.zeros(3, np.int64), np.array(tensor_words() or [0], np.int64)
+        scratch, words = np.zeros(3, np.int64), (tensor_words() if source == "torch_tensor" else None) or (0,)
         listed = (word for one in lists for word in (id(one), len(one), *map(id, one)))
         flat = (word for d, *items in members for word in (id(d), len(items), *(id(x) for item in items for x in item)))
         arrays = {
@@ -218,8 +218,8 @@ def arrays_readable() -> bool:
 @cache
 def tensor_words() -> tuple[int, ...] | None:
     """Where this PyTorch keeps what the kernel reads of a tensor, as it tells itself; None where this is not seen."""
-    torch: Any = sys.modules.get("torch")
-    if torch is None or not objects_readable():
+    torch: Any = sys.modules["torch"]
+    if not objects_readable():
         return None
     empty, tensors = torch.empty, []
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
