@@ -26,8 +26,8 @@ def decay_of_the_second_moment():
     return 0.95
 
 
-# Of every run, since each host has its own.
-DEFAULTS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "momentum_decay": 1.0}
+# Of every run, since each host has its own. Keras keeps a learning rate in float32, which holds this one exactly.
+DEFAULTS = {"lr": 2.0**-7, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "momentum_decay": 1.0}
 # Every option alone, with a value that changes what follows. Without an epsilon that matters a step hardly depends on
 # the size of the gradients.
 OPTIONS = {
@@ -64,7 +64,7 @@ OPTIONS = {
 }
 # From which combinations are drawn. Smaller epsilons make the step of a gradient near 0 ill-conditioned.
 VALUES = {
-    "lr": [0.003, 0.02, halving],
+    "lr": [2.0**-8, 2.0**-6, halving],
     "beta1": [0.0, 0.8, 0.95],
     "beta2": [0.9, 0.99, 0.9999],
     "eps": [0.01, 0.1],

@@ -29,6 +29,9 @@ class Reference:
         gradient_accumulation_steps=None,
         momentum_decay=1.0,
         skip_nonfinite=False,
+        maximize=False,
+        coupled_weight_decay=False,
+        eps_root=0.0,
         excluded=(),
         largest=math.inf,
     ):
@@ -74,14 +77,18 @@ class Reference:
         for j, g in enumerate(grads):
             if g is None:
                 continue
+            g = -g if s["maximize"] else g
             if s["weight_decay"] and j not in s["excluded"]:
-                self.p[j] = self.p[j] - lr * s["weight_decay"] * self.p[j]
+                if s["coupled_weight_decay"]:
+                    g = g + s["weight_decay"] * self.p[j]
+                else:
+                    self.p[j] = self.p[j] - lr * s["weight_decay"] * self.p[j]
             largest = np.maximum(np.abs(self.m[j]), np.abs(g))
             self.m[j] = self.m[j] + (g - self.m[j]) * (1 - beta1)
             self.v[j] = self.v[j] + (g * g - self.v[j]) * (1 - beta2)
             ahead, here = following * self.m[j] / (1 - self.product * following), (1 - now) * g / (1 - self.product)
             correction = -math.expm1(t * math.log(beta2)) if beta2 else 1.0  # 1 - beta2**t with all of its digits
-            v_hat = np.sqrt(self.v[j] / correction) + s["epsilon"]
+            v_hat = np.sqrt(self.v[j] / correction + s["eps_root"]) + s["epsilon"]
             self.p[j] = self.p[j] - lr * (ahead + here) / v_hat
             ahead = following * largest / (1 - self.product * following)
             self.reach[j] = lr * (ahead + np.abs(here)) / v_hat

@@ -1,0 +1,17 @@
+"""Every option, dtype and combination on this backend of Keras against the float64 reference: test_hosts_agree.py."""
+
+import keras
+import pytest
+
+from agree import agree
+from hosts import HOSTS
+from test_hosts_agree import runs
+
+BACKEND = keras.backend.backend()
+NAMES = [name for name in HOSTS if name.startswith(f"keras {BACKEND}")]
+FULL = {"torch": "keras torch", "jax": "keras jax jit", "tensorflow": "keras tensorflow function"}.get(BACKEND)
+
+
+@pytest.mark.parametrize(("name", "case"), runs(NAMES, few={*NAMES} - {FULL}), ids=str)
+def test_a_step_is_that_of_the_reference(name, case):
+    agree(name, case)

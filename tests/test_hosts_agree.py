@@ -1,0 +1,63 @@
+"""Every option, dtype and combination on every host, a step at a time, against the float64 reference."""
+
+from types import FunctionType
+
+import pytest
+
+from agree import agree
+from arguments import Case, cases
+from hosts import HOSTS
+from nadam.core import rule
+from nadam.kernels import arrays, native
+from test_harness import decay_after, eps_inside, without_lookahead
+
+# Of the transformation, which test_jax_numbers.py holds against optax, combinations will do.
+HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]
+
+
+def runs(names, few=()):
+    """Of some hosts combinations alone, for the time that compiling takes."""
+    found = [(name, case) for name in names for case in cases(HOSTS[name]())]
+    found = [(name, case) for name, case in found if name not in few or case.name.startswith("combination")]
+    # A parameter of PyTorch's that misses a gradient has its own momentum product, which the reference has not.
+    return [(name, case) for name, case in found if not (case.missing and "torch" in name.split()[0])]
+
+
+@pytest.mark.parametrize(("name", "case"), runs(HERE, few={"jax transform"}), ids=str)
+def test_a_step_is_that_of_the_reference(name, case):
+    if not HOSTS[name]().available():
+        pytest.skip("not installed")
+    agree(name, case)
+
+
+WRONG = {
+    "no look-ahead": ({}, without_lookahead),
+    "eps inside the root": ({"eps": 0.1}, eps_inside),
+    "decay after the step": ({"weight_decay": 0.5, "lr": 0.1}, decay_after),
+}
+
+
+FED = [(name, wrong) for name in ("numpy", "torch", "torch fallback", "jax loops") for wrong in WRONG]
+FED += [("jax transform", "no look-ahead"), ("jax transform", "eps inside the root")]  # it does not decay by the rule
+
+
+@pytest.mark.parametrize(("name", "wrong"), FED)
+def test_a_wrong_rule_is_seen(name, wrong, monkeypatch):
+    if not HOSTS[name]().available():
+        pytest.skip("not installed")
+    settings, function = WRONG[wrong]
+    agree(name, Case(wrong, settings))
+    monkeypatch.setattr(rule, "update", FunctionType(function.__code__, vars(rule)))
+    forget()
+    try:
+        with pytest.raises(AssertionError, match="ulps apart"):
+            agree(name, Case(wrong, settings))
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+def forget():
+    """What was compiled of the rule."""
+    native._kernels.clear()
+    arrays.mathematics.cache_clear()
