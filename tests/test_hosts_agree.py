@@ -11,19 +11,16 @@ from nadam.core import rule
 from nadam.kernels import arrays, native
 from test_harness import decay_after, eps_inside, without_lookahead
 
-# Of the transformation, which test_jax_numbers.py holds against optax, combinations will do.
 HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]
 
 
-def runs(names, few=()):
-    """Of some hosts combinations alone, for the time that compiling takes."""
+def runs(names):
     found = [(name, case) for name in names for case in cases(HOSTS[name]())]
-    found = [(name, case) for name, case in found if name not in few or case.name.startswith("combination")]
     # A parameter of PyTorch's that misses a gradient has its own momentum product, which the reference has not.
     return [(name, case) for name, case in found if not (case.missing and "torch" in name.split()[0])]
 
 
-@pytest.mark.parametrize(("name", "case"), runs(HERE, few={"jax transform"}), ids=str)
+@pytest.mark.parametrize(("name", "case"), runs(HERE), ids=str)
 def test_a_step_is_that_of_the_reference(name, case):
     if not HOSTS[name]().available():
         pytest.skip("not installed")

@@ -28,6 +28,8 @@ class Host:
         dense: Whether parameters are to be dense in memory.
         shapes: Of parameters, that it takes in reasonable time.
         steps: Likewise.
+        thorough: Whether it is run with each option alone, rather than in combinations: not every way of one host's to
+            compile the same functions, for the time that takes.
         environment: Variables that its process has to have begun with.
         needs: Modules.
     """
@@ -35,7 +37,7 @@ class Host:
     options = frozenset(STEP)
     dtypes = ("float32", "float64", *HALVES)
     missing, mixed, dense = True, False, False
-    shapes, steps = SHAPES, 50
+    shapes, steps, thorough = SHAPES, 50, True
     environment = MappingProxyType({})
     needs = ()
 

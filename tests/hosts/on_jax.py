@@ -76,7 +76,7 @@ class Jax(Host):
 class JaxTransform(Jax):
     """`nadam.jax.nadamw` under jit."""
 
-    options = frozenset(RULE | {"exp_avg_dtype", "eps_root"})
+    options, thorough = frozenset(RULE | {"exp_avg_dtype", "eps_root"}), False
 
     def _build(self, params, settings):
         import jax

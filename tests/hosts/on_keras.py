@@ -27,6 +27,7 @@ class Keras(Host):
         self.backend, self.route, self.kernels = backend, route, kernels
         self.needs = ("keras", backend)
         self.environment = {"KERAS_BACKEND": backend, **THREADS.get(backend, {})}
+        self.thorough = kernels and (route != "apply" or backend == "torch") and route != "XLA"
         if route == "XLA":  # which calls no function on the host
             self.options = frozenset(STEP)
 

@@ -9,9 +9,8 @@ from test_hosts_agree import runs
 
 BACKEND = keras.backend.backend()
 NAMES = [name for name in HOSTS if name.startswith(f"keras {BACKEND}")]
-FULL = {"torch": "keras torch", "jax": "keras jax jit", "tensorflow": "keras tensorflow function"}.get(BACKEND)
 
 
-@pytest.mark.parametrize(("name", "case"), runs(NAMES, few={*NAMES} - {FULL}), ids=str)
+@pytest.mark.parametrize(("name", "case"), runs(NAMES), ids=str)
 def test_a_step_is_that_of_the_reference(name, case):
     agree(name, case)
