@@ -22,13 +22,18 @@ def test_bits_are_as_recorded(framework):
 
 def test_hosts_and_compilers_differ_in_last_bits():
     """So the bits are of the one that is named: each has its own order of a sum, or fuses otherwise."""
-    known = golden.recorded()
-    names = [name for name in HOSTS if name != "triton"]  # which has other parameters
-    states = {name: [value["state"] for key, value in known.items() if key.partition(":")[0] == name] for name in names}
-    pairs = [("torch", "torch fallback"), ("jax kernel", "jax loops"), ("keras jax jit", "keras jax jit loops")]
-    for one, other in pairs:
-        assert len(states[one]) == len(states[other])
-        assert states[one] != states[other]
+    states = {}
+    for key, value in golden.recorded().items():
+        name, _, case = key.partition(":")
+        states.setdefault(name, {})[case] = value.get("state")  # which the environment has not
+    for one, other in [
+        ("torch", "torch fallback"),
+        ("jax kernel", "jax loops"),
+        ("keras jax jit", "keras jax jit loops"),
+    ]:
+        both = states[one].keys() & states[other].keys()
+        assert len(both) > 10
+        assert any(states[one][case] != states[other][case] for case in both)
 
 
 def eps_a_bit_larger(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, eps):
