@@ -5,8 +5,8 @@ it, exchange parameters, edit groups. So before a kernel runs, all that it reads
 C structs behind the Python objects: that dicts and lists hold the same objects, that these lie where they lay, that
 the counters are those that were left, and where the new gradients lie. If anything else is found, all is prepared anew.
 
-For 300 small PyTorch tensors with their state, 1,800 in all, that is 8 to 14 % less time for a whole step than it took
-to ask PyTorch for parameters and gradients alone, by its function for DLPack, at 55 ns a tensor.
+For 300 small PyTorch parameters, 1,800 tensors with state and counters, a whole step takes 0.92 of what it took to ask
+PyTorch for parameters and gradients alone, by its function for DLPack at 55 ns a tensor; in a training loop 0.96.
 """
 
 from __future__ import annotations

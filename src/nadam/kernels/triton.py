@@ -41,7 +41,7 @@ KEY, FLAGS = spans.PARAM_LAYOUT, spans.GRAD_LAYOUT
 ALIGNED, EXCLUDED = 1, 2  # flags: to 16 bytes; from weight decay
 # What a step does, as triton_prepare.py has decided, and its scalars.
 SKIP, ACCUMULATE, UPDATE = range(3)
-# With accumulation or clipping of each, tensors have factors of their own.
+# The factor is that of all gradients; with clipping of each, tensors have factors of their own.
 SCALARS = ("mode", "factor", *Scalars._fields)
 # What `measure` gives of a chunk: sum of squares, the same of values times SHRINK, number of values that are too large.
 PARTIALS = 3
