@@ -18,10 +18,10 @@ import numpy as np
 from numba import njit, types, uint16
 
 from benchmarks.cases import Array
-from nadam.kernels.memory import fetch_add, integers, pointer_to
-from nadam.kernels.spans import CHUNK_COLUMNS, COUNT, START, TENSOR, TICKET, spans
-from nadam.kernels.table import WORTH_SHARING, address
-from nadam.kernels.threads import get_num_threads, share_out
+from nadam.kernels.cpu.group import WORTH_SHARING, address
+from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
+from nadam.kernels.cpu.threads import get_num_threads, share_out
+from nadam.kernels.layout import CHUNK_COLUMNS, COUNT, START, TENSOR, TICKET, cut_into_chunks
 
 FORMS = ("one loop", "a loop each")
 # A row per tensor: its addresses. The block of a kernel's arguments, likewise int64.
@@ -141,7 +141,7 @@ class Floor:
     def __init__(self, moved: Sequence[Sequence[Array]], kind: str, dtype: str) -> None:
         self._keep = moved
         sizes = [array.size for array in moved[0]]
-        self._rows, self._chunks = np.zeros((len(sizes), COLUMNS), np.int64), spans(sizes)
+        self._rows, self._chunks = np.zeros((len(sizes), COLUMNS), np.int64), cut_into_chunks(sizes)
         for column, arrays in enumerate(moved):
             self._rows[:, column] = [address(array) for array in arrays]
         self._control = np.zeros(2, np.int64)

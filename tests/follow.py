@@ -29,10 +29,10 @@ def adopt(reference, optimizer):
             reference.ema[j] = np.array(entry.ema, np.float64)
         if entry.accumulator is not None:
             reference.acc[j] = np.array(entry.accumulator, np.float64)
-    reference.seen = [bool(seen) for seen in parameters.clock.seen]
-    assert reference.i == parameters.clock.calls
-    assert reference.skipped == parameters.clock.skipped
-    reference.product = parameters.clock.momentum_product
+    reference.seen = [bool(seen) for seen in parameters.counters.seen]
+    assert reference.i == parameters.counters.calls
+    assert reference.skipped == parameters.counters.skipped
+    reference.product = parameters.counters.momentum_product
 
 
 def follow(optimizer, reference, params, all_grads, factor=1.0):
@@ -49,11 +49,11 @@ def follow(optimizer, reference, params, all_grads, factor=1.0):
         kept = [None if g is None else np.array(g) for g in grads]
         optimizer.apply(grads)
         reference.step(grads)
-        assert optimizer._parameters.clock.calls == reference.i
-        assert optimizer._parameters.clock.skipped == reference.skipped
-        unscale = 1.0 / (reference.settings["loss_scale_factor"] or 1.0)
+        assert optimizer._parameters.counters.calls == reference.i
+        assert optimizer._parameters.counters.skipped == reference.skipped
+        inv_scale = 1.0 / (reference.settings["loss_scale_factor"] or 1.0)
         for j, entry in enumerate(optimizer._parameters.entries):
-            g = 0.0 if grads[j] is None else np.abs(np.asarray(grads[j], np.float64)) * unscale
+            g = 0.0 if grads[j] is None else np.abs(np.asarray(grads[j], np.float64)) * inv_scale
             g = g + np.abs(old_acc[j])
             compute = entry.exp_avg.dtype
             scale = np.maximum(np.abs(before[j]), reference.reach[j])

@@ -5,7 +5,7 @@ import pytest
 
 import nadam
 from extremes import EPSILONS, check_epsilon, check_overflow, check_remedies
-from nadam.core.coefficients import SMALLEST_NORMAL
+from nadam.core.dtypes import SMALLEST_NORMAL
 
 DTYPES = ["float32", "bfloat16", "float64"]
 

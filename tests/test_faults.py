@@ -9,13 +9,13 @@ import pytest
 
 import nadam
 from cases import BFLOAT16, same_bits
-from nadam.kernels.spans import spans
+from nadam.kernels.layout import cut_into_chunks
 from nadam.numpy import optimizer as optimizer_module
 
 
 def snapshot(optimizer, params):
     state = [a.copy() for entry in optimizer._parameters.entries for a in entry.state.values()]
-    return [p.copy() for p in params], state, optimizer._parameters.clock.now.copy()
+    return [p.copy() for p in params], state, optimizer._parameters.counters.current.copy()
 
 
 @contextmanager
@@ -341,7 +341,7 @@ def test_a_gradient_that_is_not_of_real_numbers(grad):
 
 
 def test_more_than_two_to_the_31_elements():  # 22
-    table = spans([3, 2**33 + 1])
+    table = cut_into_chunks([3, 2**33 + 1])
     assert table.dtype == np.int64
     assert table[-1].tolist() == [1, 2**33, 1]
     assert table[:, 2].sum() == 2**33 + 4

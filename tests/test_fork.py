@@ -176,21 +176,21 @@ def step():
 IMPORTING = """
 class Slow:
     def find_spec(self, name, *_):
-        if name == "nadam.kernels.spans":
+        if name == "nadam.kernels.layout":
             inside.set()
             time.sleep(1)
 sys.meta_path.insert(0, Slow())
 """
 COMPILING = """
-from nadam.kernels import native
-compile_kernel = native._compile
+from nadam.kernels.cpu import machine_code
+compile_kernel = machine_code._compile
 
 def compiling(*args):
     inside.set()
     go_on.wait({wait})
     return compile_kernel(*args)
 
-native._compile = compiling
+machine_code._compile = compiling
 """
 
 

@@ -9,8 +9,8 @@ import pytest
 
 import golden
 from hosts import HOSTS
-from nadam.core import rule
-from nadam.kernels import arrays, native
+from nadam.core import library, rule
+from nadam.kernels.cpu import machine_code
 
 HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]  # the others: where they run
 
@@ -49,8 +49,8 @@ def test_one_bit_of_the_rule_is_seen(name, monkeypatch):
         pytest.skip("not installed")
 
     def found():
-        native._kernels.clear()
-        arrays.mathematics.cache_clear()
+        machine_code._kernels.clear()
+        library.mathematics.cache_clear()
         return golden.run_all(name, lambda case: case.name == "eps" and case.dtype == "float32")
 
     before = found()

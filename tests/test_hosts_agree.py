@@ -7,8 +7,8 @@ import pytest
 from agree import agree
 from arguments import Case, cases
 from hosts import HOSTS
-from nadam.core import rule
-from nadam.kernels import arrays, native
+from nadam.core import library, rule
+from nadam.kernels.cpu import machine_code
 from test_harness import decay_after, eps_inside, without_lookahead
 
 HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]
@@ -56,5 +56,5 @@ def test_a_wrong_rule_is_seen(name, wrong, monkeypatch):
 
 def forget():
     """What was compiled of the rule."""
-    native._kernels.clear()
-    arrays.mathematics.cache_clear()
+    machine_code._kernels.clear()
+    library.mathematics.cache_clear()

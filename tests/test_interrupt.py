@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import nadam
-from nadam.kernels import spans, table, threads
+from nadam.kernels import layout
+from nadam.kernels.cpu import group, threads
 
 CHUNK = 64
 SHAPES = [(30, 10), (10,), (150,)]
@@ -96,7 +97,7 @@ def interrupt(monkeypatch):
             interrupt.working += 1
             kernel(block, 1)
             helping.set()
-            while control[spans.TICKET] < chunks and not control[spans.STOP]:
+            while control[layout.TICKET] < chunks and not control[layout.STOP]:
                 time.sleep(0.02)
                 kernel(block, 1)
             time.sleep(interrupt.linger)
@@ -104,10 +105,10 @@ def interrupt(monkeypatch):
 
         share_out(watch, block, control, chunks, helpers)
 
-    monkeypatch.setattr(table, "WORTH_SHARING", 1)
+    monkeypatch.setattr(group, "WORTH_SHARING", 1)
     monkeypatch.setattr(threads, "SLICE", 1)
-    monkeypatch.setattr(spans, "spans", partial(spans.spans, chunk=CHUNK))
-    monkeypatch.setattr(table, "share_out", watched)
+    monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=CHUNK))
+    monkeypatch.setattr(group, "share_out", watched)
     return interrupt
 
 
@@ -181,7 +182,7 @@ def test_while_helpers_are_asked_for(interrupt, monkeypatch):
     moved(model, old, new)
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, [(10 * spans.CHUNK + 1,), (70, 3)]], ids=["small", "larger"])
+@pytest.mark.parametrize("shapes", [SHAPES, [(10 * layout.CHUNK + 1,), (70, 3)]], ids=["small", "larger"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_random_moments(alarm, monkeypatch, settings, shapes):
     monkeypatch.setattr(threads, "SLICE", 1)
@@ -197,7 +198,7 @@ def test_random_moments(alarm, monkeypatch, settings, shapes):
         while new.counters()[0] < model.counters()[0]:
             old = deepcopy(new)
             new.step()
-        moved(model, old, new, spans.CHUNK)
+        moved(model, old, new, layout.CHUNK)
 
 
 # Sends itself SIGINT at random moments of long first steps. Prints for each whether it came too late, how long the

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nadam.kernels import disk
+from nadam.kernels.cpu import disk
 from test_native import KERNELS, files, steps
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes of files")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nadam.core import schedules
-from nadam.core.saving import deserialize, serialize
+from nadam.core.config import deserialize, serialize
 from nadam.core.schedules import (
     CosineDecay,
     CosineDecayRestarts,

@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from nadam.kernels import tensors  # noqa: E402
-from nadam.kernels.spans import GRAD, PARAM  # noqa: E402
+from nadam.kernels.layout import GRAD, PARAM  # noqa: E402
+from nadam.torch import memory  # noqa: E402
 
 SHAPES = [(3, 4), (1,), (), (0, 2), (6,)]
 
@@ -20,22 +20,22 @@ class Watched:
     def __init__(self, params, grads):
         moments = [[torch.zeros(p.shape) for _ in range(2)] for p in params]
         self.slots = [
-            tensors.Slot(str(i), p, *own, None, None, None, decays=True, averaged=True)
+            memory.Slot(str(i), p, *own, None, None, None, decays=True, averaged=True)
             for i, (p, own) in enumerate(zip(params, moments, strict=True))
         ]
-        made = tensors.TensorPlan(self.slots, grads, range(len(params)))
+        made = memory.TensorPlan(self.slots, grads, range(len(params)))
         named = [(slot.name, grad) for slot, grad in zip(self.slots, grads, strict=True)]
-        self.watch = tensors.watch([made], tensors.check_apart(tensors.named(self.slots), named))
+        self.watch = memory.watch([made], memory.check_apart(memory.named(self.slots), named))
         self.plan, self.fits = made.plan, self.watch.fits
 
 
 @pytest.fixture(params=["natively", "by methods"])
 def make(request, monkeypatch):
-    """Looked at natively, and where it is not known how PyTorch keeps its tensors."""
+    """Looked at natively, and where it is not known how PyTorch keeps its memory."""
     if request.param == "by methods":
-        monkeypatch.setattr(tensors, "tensor_words", lambda: None)
+        monkeypatch.setattr(memory, "tensor_words", lambda: None)
     else:
-        assert tensors.tensor_words()
+        assert memory.tensor_words()
 
     def make(params, grads):
         made = Watched(params, grads)
@@ -102,7 +102,7 @@ def test_a_gradient_that_lies_otherwise_does_not_fit(make, other):
 
 def test_steps_of_numpy_before_pytorch_is_there():
     program = "import numpy as np, nadam\nfor _ in range(2): nadam.Nadam().apply([np.ones(3)], [np.ones(3)])\n"
-    program += "import torch\nfrom nadam.kernels import tensors\nassert tensors.tensor_words()"
+    program += "import torch\nfrom nadam.torch import memory\nassert memory.tensor_words()"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

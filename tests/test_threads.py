@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import nadam
-from nadam.kernels import spans, table, threads
+from nadam.kernels import layout
+from nadam.kernels.cpu import group, threads
 
 SETTINGS = {
     "plain": {},
@@ -32,8 +33,8 @@ def default_threads(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Chunks so small, and shared out so early, that a few thousand elements do."""
-    monkeypatch.setattr(table, "WORTH_SHARING", 1)
-    monkeypatch.setattr(spans, "spans", partial(spans.spans, chunk=64))
+    monkeypatch.setattr(group, "WORTH_SHARING", 1)
+    monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=64))
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def watch(monkeypatch):
     def share_out(around, kernel, block, control, chunks, helpers):
         threads.share_out(around(kernel, helpers + 1), block, control, chunks, helpers)
 
-    return lambda around: monkeypatch.setattr(table, "share_out", partial(share_out, around))
+    return lambda around: monkeypatch.setattr(group, "share_out", partial(share_out, around))
 
 
 @pytest.fixture
@@ -144,8 +145,9 @@ def test_two_threads_with_one_optimizer(settings):
 SMALL = """
 import atexit, json, nadam, os
 import numpy as np
-from nadam.kernels import table, threads
-table.WORTH_SHARING = 1
+from nadam.kernels.cpu import group
+from nadam.kernels.cpu import threads
+group.WORTH_SHARING = 1
 nadam.set_num_threads(2)
 param, grad = np.ones(1 << 17), np.linspace(-1, 1, 1 << 17)
 optimizer = nadam.Nadam(0.05)

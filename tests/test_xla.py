@@ -15,7 +15,7 @@ from nadam.core import traced  # noqa: E402
 from nadam.core.gradient import Check  # noqa: E402
 from nadam.core.hyperparameters import Hyperparameters, Now  # noqa: E402
 from nadam.core.scalars import Scalars  # noqa: E402
-from nadam.kernels import foreign  # noqa: E402
+from nadam.kernels.xla import ffi  # noqa: E402
 
 SIZES = [(3, 4), (), (0, 2), (5,), (70_001,), (1 << 19,)]
 
@@ -35,7 +35,7 @@ XP = Library()
 
 
 def kernel(h, *given):
-    return foreign.one_pass(*given, flags=h.flags)
+    return ffi.one_pass(*given, flags=h.flags)
 
 
 def state(h, dtype, grad_dtype, seed=0):
@@ -56,12 +56,12 @@ def state(h, dtype, grad_dtype, seed=0):
 
 def updated(h, tensors, grads, one_pass):
     """The jitted update, its arguments donated."""
-    traits = [traced.Traits(decays=bool(i % 2), constraint=None) for i in range(len(tensors))]
+    infos = [traced.ParamInfo(decays=bool(i % 2), constraint=None) for i in range(len(tensors))]
 
     def update(tensors, grads, product, updates):
         now = Now(lr=0.01, beta1=0.9, beta2=0.999)
-        arguments = (XP, h, now, updates, product, tensors, grads, traits)
-        return traced.update(*arguments, unscale=0.5, settle=jax.lax.optimization_barrier, one_pass=one_pass)
+        arguments = (XP, h, now, updates, product, tensors, grads, infos)
+        return traced.update(*arguments, inv_scale=0.5, barrier=jax.lax.optimization_barrier, one_pass=one_pass)
 
     compiled = jax.jit(update, donate_argnums=0)
     arguments = (tensors, grads, jnp.float32(0.3), jnp.int32(3))
@@ -104,8 +104,8 @@ def test_nothing_is_copied():
     tensor = traced.Tensor(*(jnp.ones(shape) for _ in range(3)), None, None)
 
     def update(tensors, grads):
-        arguments = (XP, h, Now(0.1, 0.9, 0.999), 0, jnp.float32(1.0), tensors, grads, [traced.Traits(False, None)])
-        return traced.update(*arguments, unscale=1.0, one_pass=kernel).tensors
+        arguments = (XP, h, Now(0.1, 0.9, 0.999), 0, jnp.float32(1.0), tensors, grads, [traced.ParamInfo(False, None)])
+        return traced.update(*arguments, inv_scale=1.0, one_pass=kernel).tensors
 
     compiled = jax.jit(update, donate_argnums=0).lower([tensor], [jnp.ones(shape)]).compile()
     assert compiled.cost_analysis()["bytes accessed"] / shape[0] < 0.1
@@ -117,10 +117,10 @@ def test_nothing_is_copied():
 def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
     h = Hyperparameters()
     tensors, grads = state(h, "float32", "float32")
-    traits = [traced.Traits(False, abs if i == 1 else None) for i in range(len(tensors))]
+    infos = [traced.ParamInfo(False, abs if i == 1 else None) for i in range(len(tensors))]
     grads[2], grads[3] = grads[2].astype("float8_e4m3fn"), None
     everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)])
-    assert sorted(kernel(h, everything, tensors, traits)) == [0, 4, 5]
+    assert sorted(kernel(h, everything, tensors, infos)) == [0, 4, 5]
 
 
 @pytest.mark.parametrize("accumulated", [False, True])
@@ -128,7 +128,7 @@ def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
 def test_norms(dtype, accumulated):
     h = Hyperparameters(gradient_accumulation_steps=2 if accumulated else None)
     tensors, grads = state(h, "float32", dtype)
-    found, passed = foreign.measure(tensors, grads, 0.25, accumulated=accumulated, check=Check.SQUARES_FINITE)
+    found, passed = ffi.measure(tensors, grads, 0.25, accumulated=accumulated, check=Check.SQUARES_FINITE)
     assert passed
     sums = [
         np.float64(g) * 0.25 + np.float64(t.accumulator) if accumulated else np.float64(g)
@@ -147,7 +147,7 @@ def test_norms(dtype, accumulated):
 def test_checks(value, check, passes):
     tensors, grads = state(Hyperparameters(), "float32", "float32")
     grads[4] = grads[4].at[70_000].set(value)
-    found, passed = foreign.measure(tensors, grads, 1.0, accumulated=False, check=check)
+    found, passed = ffi.measure(tensors, grads, 1.0, accumulated=False, check=check)
     assert bool(passed) == passes
     if passes:
         assert abs(float(found[4]) / value - 1) < 1e-6  # no square overflows
@@ -156,7 +156,7 @@ def test_checks(value, check, passes):
 def test_norms_that_the_kernel_leaves_to_the_compiler():
     tensors, grads = state(Hyperparameters(), "float32", "float32")
     grads[0] = grads[0].astype("float16")  # more than one format
-    assert foreign.measure(tensors, grads, 1.0, accumulated=False, check=Check.FINITE) is None
+    assert ffi.measure(tensors, grads, 1.0, accumulated=False, check=Check.FINITE) is None
 
 
 def run(program, **environment):
@@ -168,16 +168,17 @@ def run(program, **environment):
 def test_loaded_from_disk_without_numba():
     program = """
 import sys
-from nadam.kernels import foreign, native
-assert foreign.usable()
-print(native.compilations, "numba" in sys.modules)
+from nadam.kernels.xla import ffi
+from nadam.kernels.cpu import machine_code
+assert ffi.usable()
+print(machine_code.compilations, "numba" in sys.modules)
 """
     run(program)
     assert run(program) == "0 False\n"
 
 
 def test_not_where_arrays_may_be_split():
-    program = "from nadam.kernels import foreign; print(foreign.usable())"
+    program = "from nadam.kernels.xla import ffi; print(ffi.usable())"
     assert run(program, XLA_FLAGS="--xla_force_host_platform_device_count=2") == "False\n"
 
 
@@ -185,8 +186,8 @@ def test_a_refusal_falls_back_with_a_warning(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no such interface")
 
-    foreign._registered.cache_clear()
-    monkeypatch.setattr(foreign, "_target", refuse)
+    ffi._registered.cache_clear()
+    monkeypatch.setattr(ffi, "_target", refuse)
     with pytest.warns(UserWarning, match="no such interface"):
-        assert not foreign.usable()
-    foreign._registered.cache_clear()
+        assert not ffi.usable()
+    ffi._registered.cache_clear()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nadam import checkpoint
     from nadam.core import schedules
-    from nadam.kernels.threads import get_num_threads, set_num_threads
+    from nadam.kernels.cpu.threads import get_num_threads, set_num_threads
     from nadam.numpy import LossScaleOptimizer, Nadam, StepReport
 
 __version__ = "0.1.0"
@@ -30,8 +30,8 @@ _HOMES = {
     "LossScaleOptimizer": "nadam.numpy",
     "Nadam": "nadam.numpy",
     "StepReport": "nadam.numpy",
-    "get_num_threads": "nadam.kernels.threads",
-    "set_num_threads": "nadam.kernels.threads",
+    "get_num_threads": "nadam.kernels.cpu.threads",
+    "set_num_threads": "nadam.kernels.cpu.threads",
 }
 _MODULES = {"checkpoint": "nadam.checkpoint", "schedules": "nadam.core.schedules"}
 

@@ -11,13 +11,13 @@ def of_jax(wide, kernels):
     """Around what JAX does: with float64 if asked for, and with or without the foreign kernels."""
     import jax
 
-    from nadam.kernels import foreign
+    from nadam.kernels.xla import ffi
 
     with ExitStack() as stack:
         if wide:
             stack.enter_context(jax.enable_x64(True))
         if not kernels:
-            stack.enter_context(patch.object(foreign, "usable", lambda: False))
+            stack.enter_context(patch.object(ffi, "usable", lambda: False))
         yield
 
 

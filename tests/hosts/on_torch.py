@@ -26,15 +26,16 @@ class Torch(Host):
     def surroundings(self):
         import torch
 
-        from nadam.torch import batches, gpu_parts
+        from nadam.torch import buckets
+        from nadam.torch.gpu import bucket_cache as gpu_parts
 
         with ExitStack() as stack:
             if self.way == "triton":
                 stack.enter_context(patch.object(gpu_parts, "DEVICES", {"cpu", "cuda"}))
             elif self.way == "fallback":
                 stack.enter_context(patch.object(gpu_parts, "DEVICES", set()))
-                stack.enter_context(patch.object(batches, "has_kernel", lambda params: False))
-                stack.enter_context(patch.object(batches, "_warned", {"cpu"}))
+                stack.enter_context(patch.object(buckets, "has_kernel", lambda params: False))
+                stack.enter_context(patch.object(buckets, "_warned", {"cpu"}))
                 # PyTorch's own sums depend on how many threads share them.
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from extremes import EPSILONS, STOCK_ULPS, check_epsilon, check_overflow, check_remedies
 from nadam.jax import fused, nadam, nadamw
-from nadam.kernels import foreign
+from nadam.kernels.xla import ffi
 
 ENABLE_X64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 PSI = {"momentum_decay": inf}
@@ -58,9 +58,9 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def train(request, monkeypatch):
     """What computes a step."""
-    assert foreign.usable()
+    assert ffi.usable()
     if request.param == "loops":
-        monkeypatch.setattr(foreign, "usable", lambda: False)
+        monkeypatch.setattr(ffi, "usable", lambda: False)
     return WAYS[request.param]
 
 

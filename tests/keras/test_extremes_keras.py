@@ -7,7 +7,7 @@ from test_numbers import BACKEND, FIRST_COMPILED, ROUTES, STOCK_ROUTE, numpy, te
 from extremes import EPSILONS, STOCK_ULPS, check_epsilon, check_overflow, check_remedies
 from nadam.keras import Nadam
 from nadam.keras.backends import Backend
-from nadam.kernels import foreign
+from nadam.kernels.xla import ffi
 
 
 def trainer(cls, route, variables=1):
@@ -56,9 +56,9 @@ def test_epsilon_of_other_dtypes(dtype):
 @pytest.mark.skipif(BACKEND != "jax", reason="of XLA's loops and kernels, on JAX")
 @pytest.mark.parametrize("kernels", [False, True])
 def test_compiled_with_kernels_and_without(kernels, monkeypatch):
-    assert foreign.usable()
+    assert ffi.usable()
     if not kernels:
-        monkeypatch.setattr(foreign, "usable", lambda: False)
+        monkeypatch.setattr(ffi, "usable", lambda: False)
     check_epsilon(trainer(Nadam, STOCK_ROUTE), 1e-60)
     check_overflow(trainer(Nadam, STOCK_ROUTE))
 

@@ -45,9 +45,9 @@ def test_packed_or_not_the_numbers_are_the_same(settings, dtypes, compiled, monk
     packed = []
     real = packing.one_pass
 
-    def counted(h, p, tensors, traits):
+    def counted(h, p, tensors, infos):
         packed.append(len(tensors))
-        return real(h, p, tensors, traits)
+        return real(h, p, tensors, infos)
 
     monkeypatch.setattr(packing, "one_pass", counted)
     together = trained(settings, dtypes, compiled)

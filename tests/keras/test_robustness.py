@@ -33,7 +33,8 @@ from reference import Reference
 if BACKEND == "torch":
     import torch
 
-    from nadam.kernels import spans, table, threads
+    from nadam.kernels import layout
+    from nadam.kernels.cpu import group, threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant checks):UserWarning")
 SETTINGS = {
@@ -318,11 +319,11 @@ def small(monkeypatch):
         run = (lambda *args: hooks[-1](kernel, helpers + 1, *args)) if hooks else (lambda *args: kernel(*args))
         share_out(run, block, control, chunks, helpers)
 
-    monkeypatch.setattr(table, "WORTH_SHARING", 1)
+    monkeypatch.setattr(group, "WORTH_SHARING", 1)
     monkeypatch.setattr(threads, "SLICE", 1)
     monkeypatch.setattr(threads, "_requested", 1)
-    monkeypatch.setattr(spans, "spans", partial(spans.spans, chunk=64))
-    monkeypatch.setattr(table, "share_out", watched)
+    monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=64))
+    monkeypatch.setattr(group, "share_out", watched)
     return hooks
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nadam.keras import Nadam
-from nadam.torch import gpu_parts
+from nadam.torch.gpu import bucket_cache as gpu_parts
 
 SETTINGS = {
     "defaults": {},

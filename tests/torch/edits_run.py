@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from nadam.torch.parts import Parts
+from nadam.torch.bucket_cache import BucketCache
 
 SEQUENCES = int(os.environ.get("NADAM_SEQUENCES", "500"))
 
@@ -34,8 +34,8 @@ def test_an_edit_of_large_tensors(edit):
 
 
 def test_without_edits_nothing_is_formed_anew(monkeypatch):
-    formed, form = [], Parts._form
-    monkeypatch.setattr(Parts, "_form", lambda *args: formed.append(1) or form(*args))
+    formed, form = [], BucketCache._form
+    monkeypatch.setattr(BucketCache, "_form", lambda *args: formed.append(1) or form(*args))
     pair = Pair()
     for _ in range(5):
         pair.step()

@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from training import DEVICE, Gradients, apart, equal, parameters, train
 
-from nadam.torch import NAdam, batches, gpu_parts
+from nadam.torch import NAdam, buckets
+from nadam.torch.gpu import bucket_cache as gpu_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference import Reference
@@ -21,8 +22,8 @@ UNITS = 60.0  # as in test_torch_drop_in.py
 
 def without_kernel(monkeypatch, warned=DEVICE):
     """Leave the step to PyTorch's operations on arrays."""
-    monkeypatch.setattr(batches, "has_kernel", lambda params: False)
-    monkeypatch.setattr(batches, "_warned", {warned})
+    monkeypatch.setattr(buckets, "has_kernel", lambda params: False)
+    monkeypatch.setattr(buckets, "_warned", {warned})
     monkeypatch.setattr(gpu_parts, "DEVICES", set())
 
 
@@ -321,7 +322,7 @@ def test_a_first_moment_in_bfloat16_follows_the_float32_one(way):
     assert moment.dtype == torch.bfloat16
     mean, expected = float(moment.double().mean()), 1 - 0.999**3000
     assert abs(mean / expected - 1) < 2e-3
-    assert moment.unique().numel() > 3  # its elements went their own ways
+    assert moment.unique().numel() > 3  # its elements went their own options
 
 
 def test_rounding_by_chance_is_seeded_and_resumed(monkeypatch):

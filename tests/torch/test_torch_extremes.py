@@ -12,7 +12,8 @@ import pytest
 import torch
 from training import DEVICE
 
-from nadam.torch import NAdam, batches, gpu_parts
+from nadam.torch import NAdam, buckets
+from nadam.torch.gpu import bucket_cache as gpu_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cases import BFLOAT16
@@ -33,8 +34,8 @@ def way(request, monkeypatch):
         moved = module.moved
         monkeypatch.setattr(module, "moved", lambda *args, **options: calls.append(1) or moved(*args, **options))
     elif request.param == "arrays":
-        monkeypatch.setattr(batches, "has_kernel", lambda params: False)
-        monkeypatch.setattr(batches, "_warned", {"cpu"})
+        monkeypatch.setattr(buckets, "has_kernel", lambda params: False)
+        monkeypatch.setattr(buckets, "_warned", {"cpu"})
     yield request.param
     assert bool(calls) == (request.param == "triton")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from training import SHAPES, Gradients, equal, parameters
 
-from nadam.kernels import combined, plan, threads
+from nadam.kernels.cpu import fused_step, plan, threads
 from nadam.torch import NAdam
-from nadam.torch.parts import Parts
+from nadam.torch.bucket_cache import BucketCache
 
 SETTINGS = {
     "plain": {},
@@ -24,13 +24,13 @@ class Watch:
     """How many updates were done at once, by the kernel that makes their scalars itself."""
 
     def __init__(self, monkeypatch):
-        self.count, update = 0, combined.Combined.update
+        self.count, update = 0, fused_step.FusedStep.update
 
         def counted(own, *args):
             self.count += 1
             update(own, *args)
 
-        monkeypatch.setattr(combined.Combined, "update", counted)
+        monkeypatch.setattr(fused_step.FusedStep, "update", counted)
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ class Slow(NAdam):
 
     def step(self, closure=None):
         with pytest.MonkeyPatch.context() as patch:
-            self._parts.forget()
-            patch.setattr(Parts, "_fits", lambda *_: False)
-            patch.setattr(plan.Plan, "update_at_once", lambda *_: False)
-            patch.setattr(plan.Plan, "_can_combine", lambda _: False)
+            self._buckets.forget()
+            patch.setattr(BucketCache, "_fits", lambda *_: False)
+            patch.setattr(plan.KernelPlan, "update_at_once", lambda *_: False)
+            patch.setattr(plan.KernelPlan, "_can_fuse", lambda _: False)
             return super().step(closure)
 
 
@@ -220,7 +220,7 @@ def test_an_interrupt_between_slices(monkeypatch, slices):
     for _ in range(steps):
         gradients.give(params)
         optimizer.step()
-    at_once = optimizer._parts._cohorts[0].plan._combined
+    at_once = optimizer._buckets._buckets[0].plan._fused
     name, left = ("_pass", slices - 1) if slices else ("_update_kernel", 0)
     kernel = getattr(at_once, name)
 

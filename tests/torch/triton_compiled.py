@@ -10,17 +10,18 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.kernels import triton as kernels
-from nadam.kernels import triton_formats
-from nadam.kernels import triton_prepare as preparing
-from nadam.kernels.spans import COMPUTE_DTYPE, SPLIT
-from nadam.torch import batches, on_gpu
-from nadam.torch.gpu_tables import Kind
+from nadam.kernels.gpu import formats as triton_formats
+from nadam.kernels.gpu import passes as kernels
+from nadam.kernels.gpu import prepare as preparing
+from nadam.kernels.layout import COMPUTE_DTYPE, SPLIT
+from nadam.torch import buckets
+from nadam.torch.gpu import step as on_gpu
+from nadam.torch.gpu.tables import Kind
 
 CAPABILITIES = [80, 90, 100]
 POINTERS = {
     "rows": "*i64", "chunks": "*i64", "ends": "*i64", "partials": "*fp64", "entries": "*fp64", "own_entries": "*fp64",
-    "counters": "*fp64", "active": "*fp64", "chance": "*i32", "report": "*fp64", "scalars32": "*fp32",
+    "counters": "*fp64", "active": "*fp64", "key": "*i32", "step_key": "*i32", "report": "*fp64", "scalars32": "*fp32",
     "scalars64": "*fp64", "factors32": "*fp32", "factors64": "*fp64", "found": "*fp32", "scale": "*fp32",
     "lr_at": "*fp32", "tensors": "i32", "count": "i32", "seed": "i64",
 }  # fmt: skip
@@ -116,7 +117,7 @@ def test_what_decides(clip):
 
 def test_numbers_of_the_host_arrive_in_float64():
     for kernel, names in (
-        (kernels.measure, ["unscale", "largest", "steps"]),
+        (kernels.measure, ["inv_scale", "largest", "steps"]),
         (preparing.prepare, ["lr", "eps", "clip"]),
     ):
         kinds = {param.name: param.annotation_type for param in kernel.params}
@@ -157,11 +158,11 @@ def launched(monkeypatch):
 def test_a_step_is_at_most_four_launches(launched, name):
     h = Hyperparameters(lr=0.0, **STEPS[name])
     params = [torch.zeros(5), torch.zeros(5000), torch.zeros(0)]
-    states = [batches.new_state(param, h, batches.Keeping(False, None, 0)) for param in params]
+    states = [buckets.new_state(param, h, buckets.StateOptions(False, None, 0)) for param in params]
     plan = on_gpu.DevicePlan(params, states, [torch.zeros_like(param) for param in params], h)
-    on_gpu.step([on_gpu.Part(plan, h, 0.0, 0.9, 0.999)])
+    on_gpu.step([on_gpu.Bucket(plan, h, 0.0, 0.9, 0.999)])
     middle = {"plain": [], "each": ["measure", "sums"], "global": ["measure"]}[name]
     assert launched == [*middle, "prepare", "one_pass"]
     one = torch.ones(())
-    on_gpu.step([on_gpu.Part(plan, h, one, 0.9, 0.999)], scale=one, found=one)
+    on_gpu.step([on_gpu.Bucket(plan, h, one, 0.9, 0.999)], scale=one, found=one)
     assert launched == 2 * [*middle, "prepare", "one_pass"]

@@ -10,7 +10,8 @@ import torch
 from edits import EDITS, Pair
 from training import DEVICE, apart, seeded
 
-from nadam.torch import NAdam, gpu_parts
+from nadam.torch import NAdam
+from nadam.torch.gpu import bucket_cache as gpu_parts
 
 SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 2, 2)]
 OPTIONS = {

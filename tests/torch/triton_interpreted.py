@@ -11,15 +11,18 @@ import triton
 import triton.language as tl
 from training import apart
 
-from nadam.core.clock import CALLS, SKIPPED
-from nadam.core.coefficients import coefficients
+from nadam.core.counters import CALLS, SKIPPED
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.kernels import formats, triton_formats, triton_prepare
-from nadam.kernels.plan import keys
-from nadam.kernels.triton import ALIGNED, CHUNK, FLAGS, SCALARS
-from nadam.torch import NAdam, batches, on_gpu
-from nadam.torch.arrays import joined
-from nadam.torch.gpu_tables import takes
+from nadam.core.scalars import coefficients
+from nadam.kernels.cpu import formats
+from nadam.kernels.cpu.plan import keys
+from nadam.kernels.gpu import formats as triton_formats
+from nadam.kernels.gpu import prepare as triton_prepare
+from nadam.kernels.gpu.passes import ALIGNED, CHUNK, FLAGS, SCALARS
+from nadam.torch import NAdam, buckets
+from nadam.torch.fallback import joined
+from nadam.torch.gpu import step as on_gpu
+from nadam.torch.gpu.tables import takes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference import Reference
@@ -36,18 +39,18 @@ class Device:
 
     def __init__(self, params, h=None, remainder=False, exp_avg_dtype=None, seed=0, **settings):
         self.h = h or Hyperparameters(**{**DEFAULTS, **settings})
-        self.keeping = batches.Keeping(remainder, exp_avg_dtype, seed)
+        self.options = buckets.StateOptions(remainder, exp_avg_dtype, seed)
         self.params = params
-        self.states = [batches.new_state(p, self.h, self.keeping) for p in params]
+        self.states = [buckets.new_state(p, self.h, self.options) for p in params]
         self.plan, self.skipped = None, 0
 
     def part(self, grads, lr=None):
         if self.plan is None or not self.plan.fits(grads):
-            how = {"seed": self.keeping.seed, "position": self.position()}
+            how = {"seed": self.options.seed, "position": self.position()}
             self.skipped += 0 if self.plan is None else int(self.plan.counters[SKIPPED])
             self.plan = on_gpu.DevicePlan(self.params, self.states, grads, self.h, **how)
         now = self.h.at(0)
-        return on_gpu.Part(self.plan, self.h, now.lr if lr is None else lr, now.beta1, now.beta2)
+        return on_gpu.Bucket(self.plan, self.h, now.lr if lr is None else lr, now.beta1, now.beta2)
 
     def position(self):
         steps = self.h.gradient_accumulation_steps or 1
@@ -237,10 +240,10 @@ def convert_kernel(values, chances, halves, rests, by_chance, back, hashed, coun
     tl.store(halves + count + offsets, stored)
     tl.store(rests + offsets, rest)
     chance = tl.load(chances + offsets).to(tl.uint32, bitcast=True)
-    tl.store(by_chance + offsets, triton_formats.narrow_bfloat16_by_chance(value, chance))
+    tl.store(by_chance + offsets, triton_formats.narrow_bfloat16_stochastic(value, chance))
     tl.store(back + offsets, triton_formats.join_bfloat16(stored, rest))
     key = tl.full((), 0x89ABCDEF, tl.uint32)
-    tl.store(hashed + offsets, triton_formats.scattered(offsets, key).to(tl.int32, bitcast=True))
+    tl.store(hashed + offsets, triton_formats.hash32(offsets, key).to(tl.int32, bitcast=True))
 
 
 def test_formats_are_those_of_the_cpu_to_the_bit():
@@ -260,12 +263,12 @@ def test_formats_are_those_of_the_cpu_to_the_bit():
     split = [formats.narrow_bfloat16_split(v) for v in values]
     assert halves[count:].tolist() == split
     assert rests.tolist() == [formats.rest_of_bfloat16(v, h) for v, h in zip(values, split, strict=True)]
-    chance = [formats.narrow_bfloat16_by_chance(v, c) for v, c in zip(values, chances, strict=True)]
+    chance = [formats.narrow_bfloat16_stochastic(v, c) for v, c in zip(values, chances, strict=True)]
     assert by_chance.tolist() == chance
     finite = ~np.isnan(values)
     assert (back.numpy().view(np.uint32)[finite] == bits[finite]).all()
     key = np.uint32(0x89ABCDEF)
-    assert hashed.numpy().view(np.uint32).tolist() == [formats.scattered(i, key) for i in range(count)]
+    assert hashed.numpy().view(np.uint32).tolist() == [formats.hash32(i, key) for i in range(count)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -485,7 +488,7 @@ def test_other_orders_of_dimensions():
     assert device.params[0].is_contiguous(memory_format=torch.channels_last)
     assert apart(device.params, others) <= UNITS
     strided = torch.zeros(4, 6)[:, ::2]
-    assert not takes(strided, batches.new_state(strided, device.h, device.keeping))
+    assert not takes(strided, buckets.new_state(strided, device.h, device.options))
 
 
 def test_the_report_is_read_when_somebody_looks():
@@ -516,24 +519,17 @@ def test_coefficients_are_those_of_the_host(momentum_decay, beta2):
 
 
 @triton.jit
-def words_kernel(seed, step, out):
-    first, second = triton_prepare._two_words(tl.load(seed), tl.load(step))
-    tl.store(out, first.to(tl.int64))
-    tl.store(out + 1, second.to(tl.int64))
+def keys_kernel(seed, step, members, out, count: tl.constexpr):
+    offsets = tl.arange(0, count)
+    of_step = triton_formats.hash32(tl.load(step), tl.load(seed).to(tl.uint32))
+    tl.store(out + offsets, triton_formats.hash32(tl.load(members + offsets), of_step).to(tl.int64))
 
 
 @pytest.mark.parametrize(("seed", "step"), [(0, 1), (1, 2), (123456789, 1000), (2**32 - 1, 2**31)])
-def test_chance_is_that_of_the_cpu(seed, step):
-    out = torch.zeros(2, dtype=torch.int64)
-    words_kernel[(1,)](torch.tensor(seed), torch.tensor(step), out)
-    first, second = out.tolist()
-    members = np.arange(5)
-    assert keys(seed, step, members).tolist() == [(first + int(i) * (second | 1)) % 2**32 for i in members]
-
-
-def test_a_seed_that_is_too_large():
-    with pytest.raises(ValueError, match=r"seed=4294967296: expected"):
-        Device(drawn(), seed=2**32).step(drawn())
+def test_keys_of_stochastic_rounding_are_those_of_the_cpu(seed, step):
+    members, out = np.arange(8), torch.zeros(8, dtype=torch.int64)
+    keys_kernel[(1,)](torch.tensor(seed), torch.tensor(step), torch.from_numpy(members), out, count=8)
+    assert out.tolist() == keys(seed, step, members).tolist()
 
 
 @pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])

@@ -13,7 +13,9 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton_host import OPTIONS
 
-from nadam.torch import NAdam, gpu_launch, gpu_parts
+from nadam.torch import NAdam
+from nadam.torch.gpu import bucket_cache as gpu_parts
+from nadam.torch.gpu import launch as gpu_launch
 
 POINTERS = {"one_pass": 6, "measure": 4, "prepare": 2, "sums": 2}  # how many of its first arguments are looked at
 HEARD = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)))
@@ -79,9 +81,16 @@ def test_every_launch_after_the_first_is_as_the_first(name, launched):
 
 def test_what_the_pass_is_given(launched):
     optimizer = stepped(steps=2)
-    plan = optimizer._gpu.cohorts[0].plan
+    plan = optimizer._gpu.buckets[0].plan
     kind = plan.tables.kinds[0]
-    given = [plan.tables.rows, kind.chunks, plan.scalars["float32"], plan.factors["float32"], plan.active, plan.chance]
+    given = [
+        plan.tables.rows,
+        kind.chunks,
+        plan.scalars["float32"],
+        plan.factors["float32"],
+        plan.active,
+        plan.step_key,
+    ]
     expected = ("one_pass", 4, tuple(tensor.data_ptr() for tensor in given))
     assert [launch for launch in launched if launch[0] == "one_pass"] == 2 * [expected]
     assert kind.programs == 4  # 12, 5,000 and 1 elements, 4,096 each

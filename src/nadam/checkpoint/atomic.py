@@ -22,9 +22,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A symbolic link stays, and what it points to is replaced. A file that is there keeps its mode; a new one has that of
     the umask. What killed processes left of the same target is removed, but nothing that another is writing.
-
-    Raises:
-        OSError: The file cannot be written, or what is there is no file. It is left as it was.
     """
     target = Path(os.path.realpath(Path(path)))
     mode = None

@@ -20,18 +20,7 @@ TORCH, SCALAR = "torch.", "scalar."
 
 
 def encode(value: Any, arrays: dict[str, NDArray[Any]], where: str = "state", depth: int = 0) -> Any:
-    """A value for JSON, its arrays put into a dict.
-
-    Args:
-        value: As `nadam.checkpoint.save` says.
-        arrays: Gets arrays whose dtypes NumPy's format has, by names that the JSON refers to.
-        where: What the value is called, as ``state['a'][3]``.
-        depth: How many dicts, lists and tuples it is in.
-
-    Raises:
-        TypeError: A value or key of a type that would not come back; it says where.
-        ValueError: Nested too deeply, or a value that cannot be written or read; it says where.
-    """
+    """A value for JSON, its arrays put into a dict."""
     _check_depth(depth, where)
     if _is_plain(value, where):
         return value
@@ -117,11 +106,7 @@ def _from_torch(tensor: Any) -> tuple[NDArray[Any], str]:
 
 
 def decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    """The value that was encoded; takes its arrays out of the dict.
-
-    Raises:
-        Exception: Of any kind, where `encode` did not make the value.
-    """
+    """The value that was encoded; takes its arrays out of the dict."""
     if isinstance(value, list):
         return [decode(item, arrays) for item in value]
     if not isinstance(value, dict):

@@ -7,9 +7,9 @@ Every compiler takes it from here (rebind.py), around its own loads and stores.
 
 from typing import Any, NamedTuple
 
-from nadam.core.average import average, where
-from nadam.core.gradient import coupled, limit
+from nadam.core.gradient import clip_by_value, coupled
 from nadam.core.rule import update
+from nadam.core.scalars import where
 
 Value = Any
 
@@ -29,6 +29,16 @@ def stored(param: Value) -> Value:
     Each compiler has its own; where nothing reads it back, the value itself.
     """
     return param
+
+
+def average(ema: Value, param: Value, momentum: Any, weight: Any) -> Value:
+    """The new average, ``momentum * ema + weight * param``.
+
+    Example:
+        >>> average(1.0, 2.0, 0.75, 0.25)
+        1.25
+    """
+    return momentum * ema + weight * param
 
 
 def element(
@@ -73,10 +83,10 @@ def element(
         (0.85, 0.125, 0.0625, 1.425)
     """
     if accumulated:
-        grad = accumulator + grad * s.unscale
+        grad = accumulator + grad * s.inv_scale
     grad = grad * factor
     if limited:
-        grad = limit(grad, s.clipvalue)
+        grad = clip_by_value(grad, s.clipvalue)
     if penalized:
         grad = coupled(grad, param, decay)
         decay = decay * 0.0

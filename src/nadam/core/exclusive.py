@@ -39,16 +39,7 @@ class Exclusive:
 
     # No context manager: an interrupt within one's `__enter__` would leave the lock taken.
     def run(self, method: str, work: Callable[..., Result], *args: object) -> Result:
-        """What ``work(*args)`` gives.
-
-        Args:
-            method: What the caller called, for the message.
-            work: What to do while nobody else does.
-            *args: Its arguments.
-
-        Raises:
-            RuntimeError: There is a call at work on this thread.
-        """
+        """What ``work(*args)`` gives."""
         with self._lock:
             if self._at_work is not None:
                 raise RuntimeError(f"{method}: called from within a step, as by a signal handler")
@@ -67,9 +58,6 @@ def loading() -> Iterator[None]:
     """Around what imports modules or compiles kernels in the middle of a step: one thread at a time, and no fork.
 
     A fork waits, since locks of Python's imports and of Numba's would stay taken in its child.
-
-    Raises:
-        RuntimeError: This process is the child of a fork that waited in vain.
     """
     with _loading:
         if _cut_off:

@@ -22,11 +22,11 @@ minimum, maximum = min, max
 TINY = sys.float_info.min  # the smallest norm that may be divided by
 
 
-def limit(grad: Any, clipvalue: Any) -> Any:
+def clip_by_value(grad: Any, clipvalue: Any) -> Any:
     """Each element held to [-clipvalue, clipvalue]; NaN stays NaN. Compiled into the pass like the rule.
 
     Example:
-        >>> limit(3.0, 1.0), limit(-3.0, 1.0), limit(0.5, 1.0)
+        >>> clip_by_value(3.0, 1.0), clip_by_value(-3.0, 1.0), clip_by_value(0.5, 1.0)
         (1.0, -1.0, 0.5)
     """
     return maximum(minimum(grad, clipvalue), -clipvalue)
@@ -44,10 +44,6 @@ def coupled(grad: Any, param: Any, weight_decay: Any) -> Any:
 
 def clip_factor(norm: Any, clipnorm: float) -> Any:
     """The multiplier that brings a gradient of this norm to at most ``clipnorm``.
-
-    Args:
-        norm: The gradient's Euclidean norm; infinite only where the gradient holds an infinity.
-        clipnorm: Largest norm allowed, > 0.
 
     Example:
         >>> clip_factor(norm=4.0, clipnorm=1.0), clip_factor(norm=0.5, clipnorm=1.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from nadam.core.element import Flags
+from nadam.core.gradient import Check
 from nadam.core.scalars import Settings
 from nadam.core.schedules import LearningRateSchedule
 
@@ -110,15 +111,7 @@ class Hyperparameters:
         object.__setattr__(self, "_constant", Now(self.lr, self.beta1, self.beta2) if constant else None)
 
     def at(self, calls: int) -> Now:
-        """The values to use at a step; schedules and callables are called, and what they give is checked.
-
-        Args:
-            calls: Number of calls before this one, which a schedule is called with.
-
-        Raises:
-            ValueError: A value out of its range.
-            TypeError: A value that is not a number.
-        """
+        """The values to use at a step; schedules and callables are called, and what they give is checked."""
         if self._constant is not None:
             return self._constant
         return Now(*(self._in_range(name, current(getattr(self, name), calls)) for name in Now._fields))
@@ -146,6 +139,15 @@ class Hyperparameters:
             averaged=self.use_ema,
         )
 
+    @property
+    def clips_by_norm(self) -> bool:
+        """Whether an update needs the norms of the gradients."""
+        return self.clipnorm is not None or self.global_clipnorm is not None
+
+    def check(self, must_be_finite: bool = False) -> Check:
+        """What is asked of the values of the gradients before a call changes anything."""
+        return Check.SQUARES_FINITE if self.skip_nonfinite else Check.FINITE if must_be_finite else Check.NOTHING
+
     def _spelt(self, name: str) -> str:
         return self.spelling.get(name, name)
 
@@ -163,16 +165,7 @@ class Hyperparameters:
 
 
 def in_range(name: str, number: float, spelt: str) -> float:
-    """A number that is in its range.
-
-    Args:
-        name: Which one of RANGES.
-        number: It.
-        spelt: What the host calls it.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """A number that is in its range."""
     allowed, test = RANGES[name]
     if not test(number):
         raise ValueError(f"{spelt}={number!r}: expected {allowed.format(spelt)}")

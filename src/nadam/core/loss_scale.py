@@ -30,11 +30,7 @@ class DynamicLossScale:
     good_steps: int = 0
 
     def update(self, finite: bool) -> None:
-        """Move on by one step.
-
-        Args:
-            finite: Whether all of its gradients were.
-        """
+        """Move on by one step."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale = max(self.scale / 2.0, SMALLEST)

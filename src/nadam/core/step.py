@@ -6,16 +6,19 @@ gradient -> unscale -> accumulate -> clip factor -> ONE pass: decay, moments, st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from nadam.core.clock import Clock
-from nadam.core.coefficients import SMALLEST_NORMAL
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.core.counters import CounterBuffers, Counters
+from nadam.core.dtypes import SMALLEST_NORMAL
+from nadam.core.element import Flags
 from nadam.core.gradient import Check, clip_factor, global_clip_factor, total_norm
 from nadam.core.hyperparameters import Hyperparameters, Now
-from nadam.core.scalars import scalars
+from nadam.core.scalars import Scalars, scalars
 
-if TYPE_CHECKING:
-    from nadam.kernels.plan import Plan
+Factors = Sequence[float] | float  # what multiplies the gradient of each tensor, or of all
 
 
 class StepReport(NamedTuple):
@@ -39,19 +42,35 @@ class StepReport(NamedTuple):
     skipped: bool = False
 
 
-class Part(NamedTuple):
-    """Parameters with settings and counters in common.
+class Plan(Protocol):
+    """The tensors that have a gradient in this call, and the passes over them."""
 
-    Attributes:
-        h: What the user set; clipping, accumulation, averaging and skipping are the same for all parts of a step.
-        now: What of it this call uses.
-        clock: How far they are; advanced.
-        plan: The tensors that have a gradient, and the passes over them.
-    """
+    members: NDArray[np.int64]  # which of the optimizer's parameters they are
 
-    h: Hyperparameters
-    now: Now
-    clock: Clock
+    def measure(self, inv_scale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
+        """The norm of each gradient, finite where its values are, and whether all values pass a check.
+
+        The check is of the gradients themselves, times ``inv_scale``; for the norms accumulators are added, if asked.
+        """
+
+    def accumulate(self, inv_scale: float, buffers: CounterBuffers) -> None:
+        """Add the unscaled gradients to the accumulators."""
+
+    def update_at_once(self, bucket: Any, grad_factor: float) -> bool:
+        """An update without accumulation, scalars and counters and all, where that is quicker; whether it was done."""
+
+    def update(
+        self, s: Scalars, flags: Flags, *, grad_factors: Factors, buffers: CounterBuffers, step: int = 0
+    ) -> None:
+        """The one pass; ``step``, the number of this update, is for stochastic rounding."""
+
+
+class Bucket(NamedTuple):
+    """Parameters that share hyperparameters and step counters."""
+
+    h: Hyperparameters  # clipping, accumulation, averaging and skipping are the same for all buckets of a step
+    now: Now  # what of it this call uses
+    counters: Counters
     plan: Plan
 
 
@@ -59,47 +78,43 @@ Combine = Callable[[list[float], bool], tuple[list[float], bool]]
 
 
 def step(
-    parts: Sequence[Part], *, loss_scale: float, must_be_finite: bool = False, combine: Combine | None = None
+    buckets: Sequence[Bucket], *, loss_scale: float, must_be_finite: bool = False, combine: Combine | None = None
 ) -> StepReport:
     """Do one call: an update, or one more gradient for the accumulators.
 
     Args:
-        parts: What is to move; at least one.
+        buckets: What is to move; at least one.
         loss_scale: What the gradients are divided by.
         must_be_finite: Whether NaN or infinity skips the call even without ``skip_nonfinite``.
         combine: Where other processes hold the rest of the tensors: (norms, whether all values passed) of this one's
             share -> of the whole.
-
-    Returns:
-        What it did.
     """
-    h, now, clock, _ = parts[0]
+    h, now, counters, _ = buckets[0]
     accumulation_steps = h.gradient_accumulation_steps or 1
     accumulating = accumulation_steps > 1
-    updates, position = divmod(clock.calls, accumulation_steps)
+    updates, position = divmod(counters.calls, accumulation_steps)
     updating = position == accumulation_steps - 1
-    unscale = 1.0 / loss_scale
+    inv_scale = 1.0 / loss_scale
 
-    clipping = updating and (h.clipnorm is not None or h.global_clipnorm is not None)
-    check = Check.SQUARES_FINITE if h.skip_nonfinite else Check.FINITE if must_be_finite else Check.NOTHING
+    check = h.check(must_be_finite)
     norms: list[float] = []
-    if clipping or check is not Check.NOTHING:
-        norms, passed = _measure(parts, unscale, accumulating and updating, check)
+    if (updating and h.clips_by_norm) or check is not Check.NOTHING:
+        norms, passed = _measure(buckets, inv_scale, accumulating and updating, check)
         if combine is not None:
             norms, passed = combine(norms, passed)
         if not passed:
-            for part in parts:
-                part.clock.skip()
-            return StepReport(updates, now.lr, None, None, clock.skipped, skipped=True)
+            for bucket in buckets:
+                bucket.counters.skip()
+            return StepReport(updates, now.lr, None, None, counters.skipped, skipped=True)
 
     if not updating:
-        for part in parts:
-            part.clock.prepare_accumulation(part.plan.members)
-            part.plan.accumulate(unscale, part.clock.commitment)
-            part.clock.commit()
-        return StepReport(updates, now.lr, None, None, clock.skipped)
+        for bucket in buckets:
+            bucket.counters.prepare_accumulation(bucket.plan.members)
+            bucket.plan.accumulate(inv_scale, bucket.counters.buffers)
+            bucket.counters.commit()
+        return StepReport(updates, now.lr, None, None, counters.skipped)
 
-    spread = 1.0 / accumulation_steps if accumulating else unscale
+    spread = 1.0 / accumulation_steps if accumulating else inv_scale
     grad_norm = total_norm(norms) / accumulation_steps if norms else None
     grad_factors: float | list[float] = spread
     factor = None
@@ -110,35 +125,35 @@ def step(
         factor = global_clip_factor(grad_norm, h.global_clipnorm)
         grad_factors = spread * factor
     done = 0
-    for part in parts:
+    for bucket in buckets:
         own = grad_factors
         if isinstance(own, list):
-            own, done = own[done : done + len(part.plan.members)], done + len(part.plan.members)
-        _update(part, own, unscale if accumulating else None)
-    return StepReport(updates + 1, now.lr, grad_norm, factor, clock.skipped)
+            own, done = own[done : done + len(bucket.plan.members)], done + len(bucket.plan.members)
+        _update(bucket, own, inv_scale if accumulating else None)
+    return StepReport(updates + 1, now.lr, grad_norm, factor, counters.skipped)
 
 
-def _measure(parts: Sequence[Part], unscale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
-    if len(parts) == 1:
-        return parts[0].plan.measure(unscale, accumulated, check)
+def _measure(buckets: Sequence[Bucket], inv_scale: float, accumulated: bool, check: Check) -> tuple[list[float], bool]:
+    if len(buckets) == 1:
+        return buckets[0].plan.measure(inv_scale, accumulated, check)
     norms, all_passed = [], True
-    for part in parts:
-        own, passed = part.plan.measure(unscale, accumulated, check)
+    for bucket in buckets:
+        own, passed = bucket.plan.measure(inv_scale, accumulated, check)
         norms += own
         all_passed = all_passed and passed
     return norms, all_passed
 
 
-def _update(part: Part, grad_factors: list[float] | float, unscale: float | None) -> None:
-    """One update of one part; ``unscale`` is for a gradient that an accumulator is added to."""
-    h, now, clock, plan = part
+def _update(bucket: Bucket, grad_factors: list[float] | float, inv_scale: float | None) -> None:
+    """One update of one bucket; ``inv_scale`` is for a gradient that an accumulator is added to."""
+    h, now, counters, plan = bucket
     if h.maximize:
         grad_factors = -grad_factors if isinstance(grad_factors, float) else [-factor for factor in grad_factors]
-    if unscale is None and isinstance(grad_factors, float) and plan.update_at_once(part, grad_factors):
+    if inv_scale is None and isinstance(grad_factors, float) and plan.update_at_once(bucket, grad_factors):
         return
-    step = clock.calls // (h.gradient_accumulation_steps or 1) + 1
-    given = clock.momentum_product, 1.0 if unscale is None else unscale, SMALLEST_NORMAL["float64"]
+    step = counters.calls // (h.gradient_accumulation_steps or 1) + 1
+    given = counters.momentum_product, 1.0 if inv_scale is None else inv_scale, SMALLEST_NORMAL["float64"]
     s, momentum_product = scalars(h.settings(now), step, step, *given)
-    clock.prepare_update(momentum_product, unscale is not None)
-    plan.update(s, h.flags, grad_factors=grad_factors, commit=clock.commitment, step=step)
-    clock.commit()
+    counters.prepare_update(momentum_product, inv_scale is not None)
+    plan.update(s, h.flags, grad_factors=grad_factors, buffers=counters.buffers, step=step)
+    counters.commit()

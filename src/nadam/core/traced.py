@@ -1,8 +1,8 @@
 """What one call does, as in `core.step`, for array libraries whose compiler sees whole programs (JAX, TensorFlow).
 
 There the number of the step and its scalars may be traced, nothing is written through a pointer, and what a call does
-is decided inside the compiled program. So these are pure functions, of one branch each; the host chooses between them
-with its compiler's own control flow. ``xp`` is the library's namespace with the names of `keras.ops`.
+is decided inside the compiled program. So these are pure functions, and `call` chooses between them with the control
+flow that it is given. ``xp`` is the library's namespace with the names of `keras.ops`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from nadam.core.coefficients import SMALLEST_NORMAL
+from nadam.core.dtypes import LARGEST, SHRINK, SMALLEST_NORMAL
+from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.core.library import mathematics
 from nadam.core.scalars import Scalars
-from nadam.kernels.arrays import mathematics
 
 Array = Any
-# Sums of squares that overflow are taken again of values times this: no square of a finite value overflows then.
-SHRINK = {"float32": 2.0**-80, "float64": 2.0**-600}
-LARGEST = {"float32": 3.4028234663852886e38, "float64": 1.7976931348623157e308}
+When = Callable[[Any, Callable[[Any, Any], Any], Any], Any]
 
 
 class Tensor(NamedTuple):
@@ -32,11 +31,27 @@ class Tensor(NamedTuple):
     accumulator: Array | None
 
 
-class Traits(NamedTuple):
+class ParamInfo(NamedTuple):
     """What is known of a parameter before the program is compiled."""
 
     decays: bool
     constraint: Callable[[Array], Array] | None
+
+
+class Progress(NamedTuple):
+    """The state of a run: calls that were not skipped, momentum product in the dtype of the scalars, tensors."""
+
+    calls: Array
+    product: Array
+    tensors: list[Tensor]
+
+
+class Measured(NamedTuple):
+    """What a call saw: norm and clip factor where norms are taken, 0 in a call without."""
+
+    grad_norm: Array | None
+    clip_factor: Array | None
+    skipped: Array | bool
 
 
 class Outcome(NamedTuple):
@@ -46,6 +61,47 @@ class Outcome(NamedTuple):
     momentum_product: Array
     grad_norm: Array | None
     clip_factor: Array | None
+
+
+class Pass(NamedTuple):
+    """What the one pass of an update takes besides parameters and state."""
+
+    gradients: Sequence[Array | None]  # as `update` takes them; None for one that is missing
+    whole: Sequence[Array]  # the same, unscaled where there are accumulators, with those added
+    scalars: Scalars  # 0-d, of the dtype of the momentum product
+    factors: list[Array]  # what multiplies the gradients; one for all, or one each
+    flags: Flags
+
+    def factor(self, i: int) -> Array:
+        """What multiplies one gradient."""
+        return self.factors[i if len(self.factors) > 1 else 0]
+
+    def scalars_in(self, xp: Any, dtype: str) -> Scalars:
+        """The scalars for tensors that are computed in a dtype, not yet cast to it."""
+        return self.scalars._replace(eps=eps_in(xp, self.scalars.eps, dtype))
+
+
+OnePass = Callable[[Pass, Sequence[Tensor], Sequence[ParamInfo]], dict[int, Tensor]]
+
+
+class Means(NamedTuple):
+    """How a library's compiler does what differs from one to another.
+
+    Attributes:
+        when: (condition, function, carry) -> ``function(carry, running)`` where the condition holds, else ``carry``;
+            ``running`` is true inside, and not known to the compiler.
+        barrier: Gives scalars as they are, computed once and not for each element.
+        one_pass: A kernel, and which tensors it has updated; for the others the compiler makes loops of the rule.
+        measure: (tensors, gradients, inv_scale, accumulated, check) -> norms and whether all values pass, by a kernel;
+            None where it cannot.
+        cleared: A tensor after the update by loops, with its accumulator at zero.
+    """
+
+    when: When
+    barrier: Callable[[list[Any]], Sequence[Any]] = list
+    one_pass: OnePass | None = None
+    measure: Callable[..., tuple[Array, Array] | None] = lambda *_: None
+    cleared: Callable[[Tensor, Any], Tensor] = lambda tensor, _: tensor
 
 
 def dtype_of(array: Array) -> str:
@@ -65,12 +121,90 @@ def eps_in(xp: Any, eps: Array, dtype: str) -> Array:
     return eps if dtype_of(eps) == dtype else mathematics(xp).clamp_eps(eps, eps, SMALLEST_NORMAL[dtype])
 
 
-def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], unscale: Any, check: Check) -> Array:
+def call(
+    xp: Any,
+    h: Hyperparameters,
+    infos: Sequence[ParamInfo],
+    means: Means,
+    before: Progress,
+    grads: Sequence[Array | None],
+    now: Now,
+    inv_scale: Any,
+) -> tuple[Progress, Measured]:
+    """One call: an update, or one more gradient for the accumulators.
+
+    Args:
+        xp: The array library.
+        h: What the user set.
+        infos: What is known of each tensor.
+        means: How to compute it.
+        before: How far the run is.
+        grads: A gradient for each tensor; None, with accumulation, for one that has none in this call.
+        now: The hyperparameters of this call; Python's floats where they are constant, from which 1 - beta is computed
+            in float64.
+        inv_scale: What multiplies the gradients.
+    """
+    steps, (calls, product, tensors) = h.gradient_accumulation_steps, before
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    check, complete = h.check(), len(given) == len(grads)
+    passed, norms, found = True, None, None
+    if complete and ((h.clips_by_norm and steps is None) or check is not Check.NOTHING):
+        found = means.measure(tensors, grads, inv_scale, False, check)
+    if found is not None:
+        norms = found[0] if h.clips_by_norm and steps is None else None
+    if check is not Check.NOTHING:
+        chosen = [grads[i] for i in given], [tensors[i] for i in given]
+        passed = usable(xp, *chosen, inv_scale, check) if found is None else found[1]
+    updating: Any = True
+    if steps is not None:
+        updating = (calls + 1) % steps == 0
+        # Only what changes goes through the condition.
+        added = means.when(
+            ~updating & passed,
+            lambda old, _: accumulate(xp, old, [grads[i] for i in given], inv_scale),
+            [tensors[i].accumulator for i in given],
+        )
+        tensors = list(tensors)
+        for i, accumulator in zip(given, added, strict=True):
+            tensors[i] = tensors[i]._replace(accumulator=accumulator)
+
+    def updated_state(carry: Any, running: Any) -> Any:
+        old, product, _ = carry
+        done: dict[int, Tensor] = {}
+
+        def one_pass(*arguments: Any) -> dict[int, Tensor]:
+            if means.one_pass is not None:
+                done.update(means.one_pass(*arguments))
+            return done
+
+        taken = norms
+        if steps and h.clips_by_norm and complete:
+            taken = (means.measure(old, grads, inv_scale, True, Check.NOTHING) or (None,))[0]
+        if taken is not None:  # a kernel takes them in float32, whatever the scalars are computed in
+            taken = xp.cast(taken, dtype_of(product))
+        arguments = (xp, h, now, calls // (steps or 1), product, old, grads, infos)
+        outcome = update(*arguments, inv_scale=inv_scale, norms=taken, barrier=means.barrier, one_pass=one_pass)
+        new = [
+            tensor if i in done or not steps else means.cleared(tensor, running)
+            for i, tensor in enumerate(outcome.tensors)
+        ]
+        seen = [xp.zeros_like(product) if x is None else x for x in (outcome.grad_norm, outcome.clip_factor)]
+        return new, outcome.momentum_product, seen
+
+    begin = tensors, product, [xp.zeros_like(product)] * 2
+    tensors, product, seen = means.when(updating & passed, updated_state, begin)
+    skips = check is not Check.NOTHING
+    progress = Progress(calls + (xp.where(passed, 1, 0) if skips else 1), product, tensors)
+    norm, factor = seen if h.clips_by_norm else (None, None)
+    return progress, Measured(norm, factor, ~passed if skips else False)
+
+
+def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], inv_scale: Any, check: Check) -> Array:
     """Whether all values of all gradients pass a check."""
     passed = []
     for grad, tensor in zip(grads, tensors, strict=True):
         dtype = dtype_of(tensor.exp_avg)
-        magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, unscale, dtype))
+        magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, inv_scale, dtype))
         passed.append(xp.all(magnitudes <= largest_passing(dtype, check)))
     return xp.all(xp.stack(passed)) if passed else xp.convert_to_tensor(True, dtype="bool")
 
@@ -80,42 +214,18 @@ def largest_passing(dtype: str, check: Check) -> float:
     return float(LARGEST[dtype] ** (0.5 if check is Check.SQUARES_FINITE else 1.0))
 
 
-def unscaled(xp: Any, grad: Array, like: Array, unscale: Any) -> Array:
+def unscaled(xp: Any, grad: Array, like: Array, inv_scale: Any) -> Array:
     """A gradient times a number, in the dtype of its accumulator."""
     wide = xp.cast(grad, dtype_of(like))
-    return wide if isinstance(unscale, float) and unscale == 1.0 else wide * scalar(xp, unscale, dtype_of(like))
+    return wide if isinstance(inv_scale, float) and inv_scale == 1.0 else wide * scalar(xp, inv_scale, dtype_of(like))
 
 
-def accumulate(xp: Any, accumulators: Sequence[Array], grads: Sequence[Array], unscale: Any) -> list[Array]:
+def accumulate(xp: Any, accumulators: Sequence[Array], grads: Sequence[Array], inv_scale: Any) -> list[Array]:
     """The accumulators with the unscaled gradients added."""
     return [
-        accumulator + unscaled(xp, grad, accumulator, unscale)
+        accumulator + unscaled(xp, grad, accumulator, inv_scale)
         for accumulator, grad in zip(accumulators, grads, strict=True)
     ]
-
-
-class Pass(NamedTuple):
-    """What the one pass of an update takes besides parameters and state.
-
-    Attributes:
-        gradients: As `update` takes them; None for one that is missing.
-        whole: The same, unscaled where there are accumulators, with those added.
-        scalars: 0-d, of the dtype of the momentum product.
-        factors: What multiplies the gradients; one for all, or one each.
-    """
-
-    gradients: Sequence[Array | None]
-    whole: Sequence[Array]
-    scalars: Scalars
-    factors: list[Array]
-
-    def factor(self, i: int) -> Array:
-        """What multiplies one gradient."""
-        return self.factors[i if len(self.factors) > 1 else 0]
-
-    def scalars_in(self, xp: Any, dtype: str) -> Scalars:
-        """The scalars for tensors that are computed in a dtype, not yet cast to it."""
-        return self.scalars._replace(eps=eps_in(xp, self.scalars.eps, dtype))
 
 
 def update(
@@ -126,64 +236,48 @@ def update(
     momentum_product: Any,
     tensors: Sequence[Tensor],
     grads: Sequence[Array | None],
-    traits: Sequence[Traits],
+    infos: Sequence[ParamInfo],
     *,
-    unscale: Any,
+    inv_scale: Any,
     norms: Array | None = None,
-    settle: Callable[[list[Any]], Sequence[Any]] = list,
-    one_pass: Callable[[Hyperparameters, Pass, Sequence[Tensor], Sequence[Traits]], dict[int, Tensor]] | None = None,
+    barrier: Callable[[list[Any]], Sequence[Any]] = list,
+    one_pass: OnePass | None = None,
 ) -> Outcome:
-    """One update.
+    """One update, the next after so many ``updates``; the accumulators are not cleared, unless the kernel does it.
 
-    Args:
-        xp: The array library.
-        h: What the user set.
-        now: What of it this call uses; numbers or 0-d arrays.
-        updates: Integer, updates before this one.
-        momentum_product: Of those; 0-d, in the dtype in which the scalars are computed.
-        tensors: Parameters and their state.
-        grads: A gradient for each, scaled as delivered; None, with accumulation, for one that has none in this call.
-        traits: What is known of each.
-        unscale: What multiplies the gradients.
-        norms: What `norms` gives, where a host has computed it already.
-        settle: The compiler's barrier: gives scalars as they are, computed once and not for each element.
-        one_pass: A kernel, and which tensors it has updated; for the others the compiler makes loops of the rule.
-
-    Returns:
-        The new tensors, accumulators not cleared (or by the kernel), and momentum product; norm and clip factor where
-        clipping asked for them.
+    The arguments are those of `call`; ``norms`` is what `norms` gives, where a host has computed it already.
     """
     m = mathematics(xp)
     dtype = dtype_of(momentum_product)
     steps = h.gradient_accumulation_steps
-    spread = 1.0 / steps if steps else unscale
-    gradients = _gradients(xp, tensors, grads, unscale)
+    spread = 1.0 / steps if steps else inv_scale
+    gradients = _gradients(xp, tensors, grads, inv_scale)
     factors, grad_norm, factor = [spread], None, None
-    if clips_by_norm(h):
+    if h.clips_by_norm:
         taken = _norms(xp, gradients, dtype, None) if norms is None else norms
         factors, grad_norm, factor = _clip_factors(xp, h, taken * spread, len(gradients), spread)
     betas = (beta if isinstance(beta, float) else scalar(xp, beta, dtype) for beta in (now.beta1, now.beta2))
     settings = h.settings(Now(scalar(xp, now.lr, dtype), *betas))
     settings = settings._replace(ema_momentum=scalar(xp, h.ema_momentum, dtype))
     t = xp.cast(updates, dtype) + 1.0
-    s, product = m.scalars(settings, updates + 1, t, momentum_product, unscale, SMALLEST_NORMAL[dtype])
-    common = list(settle([scalar(xp, value, dtype) for value in (*s, *factors)]))
-    everything = Pass(grads, gradients, Scalars._make(common[: len(s)]), common[len(s) :])
-    done = {} if one_pass is None else one_pass(h, everything, tensors, traits)
+    s, product = m.scalars(settings, updates + 1, t, momentum_product, inv_scale, SMALLEST_NORMAL[dtype])
+    common = list(barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
+    everything = Pass(grads, gradients, Scalars._make(common[: len(s)]), common[len(s) :], h.flags)
+    done = {} if one_pass is None else one_pass(everything, tensors, infos)
     new = []
-    for i, (tensor, trait) in enumerate(zip(tensors, traits, strict=True)):
-        result = done[i] if i in done else updated(xp, h, everything, i, tensor, trait)
+    for i, (tensor, info) in enumerate(zip(tensors, infos, strict=True)):
+        result = done[i] if i in done else updated(xp, h, everything, i, tensor, info)
         new.append(result if grads[i] is not None else _where_seen(xp, result, tensor))
     return Outcome(new, product, grad_norm, factor)
 
 
-def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tensor, trait: Traits) -> Tensor:
+def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tensor, info: ParamInfo) -> Tensor:
     """One tensor after the rule, its constraint and its average, which the compiler makes loops of."""
     m = mathematics(xp)
     # A value for each dtype that is computed in: a float64 scalar would widen a float32 tensor.
     own, kept = dtype_of(tensor.exp_avg), dtype_of(tensor.param)
     s = Scalars._make(xp.cast(value, own) for value in everything.scalars_in(xp, own))
-    constraint = trait.constraint
+    constraint = info.constraint
 
     def stored(param: Array) -> Array:
         narrow = xp.cast(param, kept)
@@ -197,16 +291,11 @@ def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tenso
         tensor.ema,
         None,
         xp.cast(everything.factor(i), own),
-        s.decay if trait.decays and h.weight_decay else 0.0,
+        s.decay if info.decays and h.weight_decay else 0.0,
         s,
         *h.flags._replace(accumulated=False),  # the norm has asked for the sum already
     )
     return Tensor(xp.cast(param, kept), exp_avg, exp_avg_sq, ema, tensor.accumulator)
-
-
-def clips_by_norm(h: Hyperparameters) -> bool:
-    """Whether an update needs the norms of the gradients."""
-    return h.clipnorm is not None or h.global_clipnorm is not None
 
 
 def norms(
@@ -215,25 +304,17 @@ def norms(
     grads: Sequence[Array | None],
     dtype: str,
     *,
-    unscale: Any,
+    inv_scale: Any,
     sum_of_squares: Callable[[Array], Array] | None = None,
 ) -> Array:
     """The norm of each gradient, with its accumulator, before the mean is taken; finite where its values are.
 
-    One pass, and another only after an overflow.
-
-    Args:
-        xp: The array library.
-        tensors: As of `update`, which takes norms of all of these.
-        grads: As of `update`.
-        dtype: Of the result.
-        unscale: As of `update`.
-        sum_of_squares: The library's own, where it has one that reads an array only once.
+    One pass, and another after an overflow; ``sum_of_squares`` is a library's own that reads an array only once.
     """
-    return _norms(xp, _gradients(xp, tensors, grads, unscale), dtype, sum_of_squares)
+    return _norms(xp, _gradients(xp, tensors, grads, inv_scale), dtype, sum_of_squares)
 
 
-def _gradients(xp: Any, tensors: Sequence[Tensor], grads: Sequence[Array | None], unscale: Any) -> list[Array]:
+def _gradients(xp: Any, tensors: Sequence[Tensor], grads: Sequence[Array | None], inv_scale: Any) -> list[Array]:
     """Gradients in the dtype that is computed in, with their accumulators; without one, not unscaled."""
     gradients = []
     for grad, tensor in zip(grads, tensors, strict=True):
@@ -242,7 +323,7 @@ def _gradients(xp: Any, tensors: Sequence[Tensor], grads: Sequence[Array | None]
         elif grad is None:
             gradients.append(tensor.accumulator)
         else:
-            gradients.append(tensor.accumulator + unscaled(xp, grad, tensor.accumulator, unscale))
+            gradients.append(tensor.accumulator + unscaled(xp, grad, tensor.accumulator, inv_scale))
     return gradients
 
 

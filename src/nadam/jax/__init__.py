@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nadam.core.step import StepReport
     from nadam.jax.fused_state import FusedState
+    from nadam.jax.fused_step import Fused, fused
     from nadam.jax.state import from_optax, to_optax
     from nadam.jax.transforms import NadamState, nadam, nadamw
-    from nadam.jax.whole import Fused, fused
 
 __all__ = ["Fused", "FusedState", "NadamState", "StepReport", "from_optax", "fused", "nadam", "nadamw", "to_optax"]
 
@@ -16,7 +16,7 @@ __all__ = ["Fused", "FusedState", "NadamState", "StepReport", "from_optax", "fus
 _HOMES = {
     "StepReport": "nadam.core.step",
     "FusedState": "nadam.jax.fused_state",
-    **dict.fromkeys(("Fused", "fused"), "nadam.jax.whole"),
+    **dict.fromkeys(("Fused", "fused"), "nadam.jax.fused_step"),
     **dict.fromkeys(("NadamState", "nadam", "nadamw"), "nadam.jax.transforms"),
     **dict.fromkeys(("from_optax", "to_optax"), "nadam.jax.state"),
 }

@@ -23,12 +23,7 @@ TRAINABLE = {"float16", "bfloat16", "float32", "float64"}
 
 
 def number(name: str, value: Any) -> Any:
-    """A hyperparameter by optax's name: a float where it is known, else a traced scalar, NaN where out of its range.
-
-    Raises:
-        ValueError: It is out of its range.
-        TypeError: It is not a number.
-    """
+    """A hyperparameter by optax's name: a float where it is known, else a traced scalar, NaN where out of its range."""
     if not isinstance(value, jax.core.Tracer):
         return in_range(OURS.get(name, name), as_number(name, value), name)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
@@ -41,11 +36,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def check_trainable(params: Any) -> None:
-    """That all leaves of a tree are arrays of real floating-point numbers.
-
-    Raises:
-        TypeError: One is not; it is named.
-    """
+    """That all leaves of a tree are arrays of real floating-point numbers."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         try:
             name = str(leaf.dtype) if hasattr(leaf, "dtype") else str(jnp.result_type(leaf))
@@ -57,18 +48,7 @@ def check_trainable(params: Any) -> None:
 
 
 def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[Any]) -> list[Any]:
-    """The leaves of a tree, checked to be like those of another.
-
-    Args:
-        name: What the tree is, for the messages.
-        tree: It.
-        reference: What the other one is.
-        treedef: Its structure.
-        leaves: Its leaves, None for a shape that may be any.
-
-    Raises:
-        ValueError: The structure differs, or the shape of a leaf.
-    """
+    """The leaves of a tree, checked to be like those of another."""
     given: list[Any]
     given, own = jax.tree.flatten(tree)
     if own != treedef:
@@ -81,11 +61,7 @@ def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[A
 
 
 def check_gradients(name: str, leaves: Sequence[Any]) -> None:
-    """That gradients are of real floating-point numbers, of whatever width.
-
-    Raises:
-        TypeError: One is not.
-    """
+    """That gradients are of real floating-point numbers, of whatever width."""
     for i, leaf in enumerate(leaves):
         dtype = dtype_of(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):

@@ -9,7 +9,6 @@ from jax import numpy as jnp
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
-from nadam.core.traced import clips_by_norm
 from nadam.jax.checks import check_trainable
 from nadam.jax.trees import beside, compute_dtype, scalar_dtype
 
@@ -42,17 +41,13 @@ class FusedState(NamedTuple):
 
 
 def check_state(h: Hyperparameters, state: Any) -> None:
-    """That a state is one of `fused` with such settings.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """That a state is one of `fused` with such settings."""
     if not isinstance(state, FusedState):
         raise ValueError(f"state: {type(state).__name__}, expected the FusedState that init gives")
     parts = {
         "ema": (state.ema, h.use_ema),
         "accumulator": (state.accumulator, h.gradient_accumulation_steps is not None),
-        "last_step.grad_norm": (state.last_step.grad_norm, clips_by_norm(h)),
+        "last_step.grad_norm": (state.last_step.grad_norm, h.clips_by_norm),
     }
     for name, (part, wanted) in parts.items():
         if (part is not None) != wanted:
@@ -82,7 +77,7 @@ def new_state(h: Hyperparameters, params: Any) -> FusedState:
         return jnp.zeros_like(leaf, dtype=dtype) if abstract else jnp.array(leaf, dtype=dtype, copy=True)
 
     dtype = scalar_dtype()
-    none = jnp.zeros((), dtype) if clips_by_norm(h) else None
+    none = jnp.zeros((), dtype) if h.clips_by_norm else None
     last_step = StepReport(
         step=jnp.zeros((), jnp.int32),
         learning_rate=jnp.zeros((), dtype),

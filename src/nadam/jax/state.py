@@ -10,7 +10,7 @@ import jax
 import optax
 from jax import numpy as jnp
 
-from nadam.core.coefficients import momentum_product
+from nadam.core.scalars import momentum_product
 from nadam.jax.checks import alike, check_trainable, number
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.transforms import NadamState

@@ -17,13 +17,13 @@ from jax import lax
 from jax import numpy as jnp
 
 from nadam.core import rule
-from nadam.core.coefficients import SMALLEST_NORMAL
+from nadam.core.dtypes import SMALLEST_NORMAL
+from nadam.core.library import mathematics
 from nadam.core.rebind import rebind
 from nadam.core.traced import eps_in, scalar
 from nadam.jax.checks import alike, check_gradients, check_trainable, number
-from nadam.jax.pure import XP
+from nadam.jax.step import XP
 from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
-from nadam.kernels.arrays import mathematics
 
 Schedule = Callable[[Any], Any]
 

@@ -51,11 +51,7 @@ def as_type(value: Any, dtype: Any, weak: bool) -> Any:
 
 
 def chosen(mask: Any, like: Any, treedef: Any) -> list[bool]:
-    """Which leaves decay.
-
-    Raises:
-        ValueError: The mask is of another structure.
-    """
+    """Which leaves decay."""
     if mask is None:
         return [True] * treedef.num_leaves
     tree = mask(like) if callable(mask) else mask

@@ -11,18 +11,7 @@ from jax import numpy as jnp
 
 
 def two_phases(init: Callable[[Any], Any], step: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
-    """A gradient transformation whose updates are the way from the old parameters to the new ones.
-
-    Args:
-        init: params -> state.
-        step: (grads, state, params, *, learning_rate, loss_scale) -> (params, state).
-
-    Returns:
-        The transformation; other arguments than these are for others in its chain, and ignored.
-
-    Raises:
-        ValueError: At an update, without ``params``.
-    """
+    """A gradient transformation whose updates are the way from the old parameters to the new ones."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, loss_scale: Any = None, **_: Any

@@ -11,9 +11,8 @@ from typing import Any
 import keras
 
 from nadam.core import traced
-from nadam.core.clock import Clock
+from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
-from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
 from nadam.keras.slots import Slot, checked_gradient
@@ -28,7 +27,7 @@ _CLASSES = {
 # The report variable, where there is one, holds gradient norm, clip factor and, here, how many calls were skipped.
 SKIPPED = 2
 # What a copy of an optimizer has for itself.
-OWN = ("exclusive", "clock", "unsettled", "on_cpu", "plans")
+OWN = ("exclusive", "counters", "unsynced", "on_cpu", "plans")
 
 
 class Runtime:
@@ -47,12 +46,7 @@ class Runtime:
         self._forget()
 
     def note(self, calls: int, report: StepReport) -> None:
-        """Keep what an eager step did.
-
-        Args:
-            calls: So far, this one included.
-            report: Of this call; numbers or 0-d arrays.
-        """
+        """Keep what an eager step did."""
         self.report, self.reported_at = report, (calls, report.skipped_steps)
 
     def seen(self, calls: int) -> set[int]:
@@ -60,19 +54,13 @@ class Runtime:
         return self.window[1] if self.window[0] == calls else set()
 
     def note_seen(self, calls: int, members: Sequence[int], updated: bool) -> None:
-        """After a call: these variables had a gradient in it.
-
-        Args:
-            calls: Before this one.
-            members: Which.
-            updated: Whether it was an update, after which a new window begins.
-        """
+        """After a call: these variables had a gradient in it."""
         self.window = calls + 1, set() if updated else self.seen(calls) | set(members)
 
     def _forget(self) -> None:
         self.exclusive = Exclusive()
-        self.clock: Clock | None = None
-        self.unsettled: bool = False  # whether the clock may be ahead of the variables
+        self.counters: Counters | None = None
+        self.unsynced: bool = False  # whether the counters may be ahead of the variables
         self.on_cpu = False
         self.plans: dict[Any, Any] = {}
 
@@ -104,7 +92,7 @@ class Backend:
         """Do a step, ``work(*args)``, while no other thread does one."""
         optimizer._runtime.exclusive.run("apply", work, *args)
 
-    def settle(self, optimizer: Optimizer) -> None:
+    def sync_counters(self, optimizer: Optimizer) -> None:
         """Before anyone looks at the variables."""
 
     def built(self, optimizer: Optimizer) -> None:
@@ -136,62 +124,53 @@ class Backend:
         self.eager_step(optimizer, members, grads)
 
     def eager_step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
-        """One call with Python deciding what is done, as `core.step.step` does it."""
-        h, xp, slots = optimizer._hyper, keras.ops, optimizer._runtime.slots
+        """One call with Python deciding what is done."""
+        h, xp, slots, runtime = optimizer._hyper, keras.ops, optimizer._runtime.slots, optimizer._runtime
         calls = int(optimizer._iterations.value)
-        now, unscale = optimizer._now(calls), 1.0 / (h.loss_scale_factor or 1.0)
         steps = h.gradient_accumulation_steps or 1
-        updates, updating = calls // steps, (calls + 1) % steps == 0
+        updating = (calls + 1) % steps == 0
         indices, grads = with_absent(h, slots, members, grads)
-        seen = optimizer._runtime.seen(calls) if updating else set()
-        grads = [
-            xp.zeros_like(slots[i].variable) if g is None and i in seen else g
-            for i, g in zip(indices, grads, strict=True)
-        ]
-        grads = [
-            None if g is None else checked_gradient(slots[i].variable, g) for i, g in zip(indices, grads, strict=True)
-        ]
-        tensors = [values(slots[i]) for i in indices]
-        present = [(slots[i], t, g) for i, t, g in zip(indices, tensors, grads, strict=True) if g is not None]
-        skipped = self._skipped(optimizer)
+        owed = runtime.seen(calls) if updating else set()
+        for place, i in enumerate(indices):
+            if grads[place] is not None:
+                grads[place] = checked_gradient(slots[i].variable, grads[place])
+            elif i in owed:
+                grads[place] = xp.zeros_like(slots[i].variable)
+        now, before = optimizer._now(calls), self._progress(optimizer, indices)
+        infos, means = [info_of(slots[i]) for i in indices], traced.Means(_when, cleared=_cleared)
+        after, seen = traced.call(xp, h, infos, means, before, grads, now, 1.0 / (h.loss_scale_factor or 1.0))
+        skipped, norm, factor = bool(seen.skipped), seen.grad_norm, seen.clip_factor
+        if not skipped:
+            self._assign(optimizer, indices, before, after)
+            if steps > 1:
+                runtime.note_seen(calls, members, updating)
+        count = self._skipped(optimizer) + skipped
+        calls = int(after.calls)
+        norm, factor = (float(x) if x is not None and updating and not skipped else None for x in (norm, factor))
         if h.skip_nonfinite:
-            checked = [g for _, _, g in present], [t for _, t, _ in present]
-            if not bool(traced.usable(xp, *checked, unscale, Check.SQUARES_FINITE)):
-                optimizer._report.assign([0.0, 0.0, skipped + 1])
-                report = StepReport(updates, float(now.lr), None, None, skipped + 1, skipped=True)
-                optimizer._runtime.note(calls, report)
-                return
-        norm = factor = None
-        if updating:
-            product = optimizer._momentum_product.value
-            traits = [traits_of(slots[i]) for i in indices]
-            arguments = (updates, product, tensors, grads, traits)
-            outcome = traced.update(xp, h, now, *arguments, unscale=unscale)
-            for i, tensor in zip(indices, outcome.tensors, strict=True):
-                assign(slots[i], tensor)
-            self._clear(slots)
-            optimizer._momentum_product.assign(outcome.momentum_product)
-            norm, factor = (None if x is None else float(x) for x in (outcome.grad_norm, outcome.clip_factor))
-        else:
-            sums = traced.accumulate(xp, [t.accumulator for _, t, _ in present], [g for *_, g in present], unscale)
-            for (slot, _, _), value in zip(present, sums, strict=True):
-                slot.accumulator.assign(value)
-        optimizer._iterations.assign_add(1)
-        if steps > 1:
-            optimizer._runtime.note_seen(calls, members, updating)
-        if h.skip_nonfinite:
-            optimizer._report.assign([norm or 0.0, factor or 0.0, skipped])
-        optimizer._runtime.note(calls + 1, StepReport(updates + updating, float(now.lr), norm, factor, skipped))
+            optimizer._report.assign([norm or 0.0, factor or 0.0, count])
+        runtime.note(calls, StepReport(calls // steps, float(now.lr), norm, factor, count, skipped))
+
+    @staticmethod
+    def _progress(optimizer: Optimizer, indices: Sequence[int]) -> traced.Progress:
+        """The state of these variables."""
+        slots, product = optimizer._runtime.slots, optimizer._momentum_product.value
+        return traced.Progress(optimizer._iterations.value, product, [values(slots[i]) for i in indices])
+
+    @staticmethod
+    def _assign(optimizer: Optimizer, indices: Sequence[int], before: traced.Progress, after: traced.Progress) -> None:
+        """Set variables, their state and the counters to what has changed of them."""
+        slots = optimizer._runtime.slots
+        for i, old, new in zip(indices, before.tensors, after.tensors, strict=True):
+            for variable, one, other in zip(slots[i][:5], old, new, strict=True):
+                if variable is not None and one is not other:
+                    variable.assign(other)
+        optimizer._iterations.assign(after.calls)
+        optimizer._momentum_product.assign(after.product)
 
     @staticmethod
     def _skipped(optimizer: Optimizer) -> int:
         return int(optimizer._report.numpy()[SKIPPED]) if optimizer.skip_nonfinite else 0
-
-    @staticmethod
-    def _clear(slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            if slot.accumulator is not None and slot.exp_avg is not None:
-                slot.accumulator.assign(keras.ops.zeros(slot.accumulator.shape, slot.accumulator.dtype))
 
     def last_step(self, optimizer: Optimizer) -> StepReport | None:
         """What the last call did, as far as it is known outside of a compiled step: by its own report, or variables."""
@@ -234,16 +213,17 @@ def values(slot: Slot) -> traced.Tensor:
     return traced.Tensor(*(None if v is None else getattr(v, "value", v) for v in slot[:5]))
 
 
-def assign(slot: Slot, tensor: traced.Tensor) -> None:
-    """Set a variable and its state; not the accumulator."""
-    for variable, value in zip(slot[:4], tensor[:4], strict=True):
-        if variable is not None:
-            variable.assign(value)
+def _when(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:
+    return function(carry, True) if bool(condition) else carry
 
 
-def traits_of(slot: Slot) -> traced.Traits:
+def _cleared(tensor: traced.Tensor, running: Any) -> traced.Tensor:
+    return tensor._replace(accumulator=keras.ops.zeros_like(tensor.accumulator))
+
+
+def info_of(slot: Slot) -> traced.ParamInfo:
     """What is known of a variable before a step is compiled."""
-    return traced.Traits(slot.decays, getattr(slot.variable, "constraint", None))
+    return traced.ParamInfo(slot.decays, getattr(slot.variable, "constraint", None))
 
 
 def _make() -> Backend:

@@ -18,11 +18,7 @@ Optimizer = Any
 
 
 def paired(optimizer: Optimizer, grads: list[Any], variables: Sequence[Any] | None) -> tuple[Sequence[int], list[Any]]:
-    """Which of the optimizer's variables have a gradient, and their gradients.
-
-    Raises:
-        ValueError: Another count of gradients, no gradient at all, an unknown or repeated variable.
-    """
+    """Which of the optimizer's variables have a gradient, and their gradients."""
     if not optimizer.built:
         raise ValueError("trainable_variables: expected the variables to train, or call build() before")
     known = optimizer._trainable_variables
@@ -85,9 +81,6 @@ def now(optimizer: Optimizer, calls: Any) -> Now:
     """What this call uses: numbers where they are known, else scalars of the backend.
 
     It is for the number ``calls`` of calls before this one, an integer, traced or not.
-
-    Raises:
-        ValueError: A number out of its range.
     """
     rate, h = optimizer._learning_rate, optimizer._hyper
     if isinstance(rate, keras.Variable):

@@ -16,10 +16,11 @@ from jax.experimental import io_callback
 from nadam.core import traced
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
-from nadam.jax.pure import Progress, Ways, call, is_traced
-from nadam.keras.backends import SKIPPED, Backend, Optimizer, assign, traits_of, values, with_absent
+from nadam.core.traced import Progress
+from nadam.jax.step import call, is_traced
+from nadam.keras.backends import SKIPPED, Backend, Optimizer, info_of, with_absent
 from nadam.keras.slots import checked_gradient
-from nadam.kernels import foreign
+from nadam.kernels.xla import ffi
 
 # Eager programs that are kept: of as many settings and sets of variables.
 PROGRAMS_KEPT = 64
@@ -53,21 +54,16 @@ class JaxBackend(Backend):
         grads = [None if g is None else _dense(slots[i].variable, g) for i, g in zip(indices, grads, strict=True)]
         calls = optimizer._iterations.value
         now = optimizer._now(calls)._asdict()
-        before = Progress(calls, optimizer._momentum_product.value, [values(slots[i]) for i in indices])
+        before = self._progress(optimizer, indices)
         report = optimizer._report.value if h.skip_nonfinite else None
         # Constants stay Python's floats, from which 1 - beta is computed in float64.
         constants = tuple((name, now.pop(name)) for name in ("beta1", "beta2") if not callable(getattr(h, name)))
-        traits = tuple(traits_of(slots[i]) for i in indices)
-        program: Callable[..., Any] = partial(_call, h, traits, constants, Ways(kernels=foreign.usable()))
+        infos = tuple(info_of(slots[i]) for i in indices)
+        program: Callable[..., Any] = partial(_call, h, infos, constants, ffi.usable())
         if not is_traced((before, report, grads, now)):
-            program = _compiled(h, traits, constants)
+            program = _compiled(h, infos, constants)
         after, report, norm, factor = program(before, report, grads, now)
-        for i, tensor in zip(indices, after.tensors, strict=True):
-            assign(slots[i], tensor)
-            if tensor.accumulator is not None:
-                slots[i].accumulator.assign(tensor.accumulator)
-        optimizer._iterations.assign(after.calls)
-        optimizer._momentum_product.assign(after.product)
+        self._assign(optimizer, indices, before, after)
         if h.skip_nonfinite:
             optimizer._report.assign(report)
         if not is_traced(after.calls):
@@ -78,25 +74,25 @@ class JaxBackend(Backend):
 
 
 @lru_cache(PROGRAMS_KEPT)
-def _compiled(h: Hyperparameters, traits: tuple[traced.Traits, ...], constants: Any) -> Callable[..., Any]:
+def _compiled(h: Hyperparameters, infos: tuple[traced.ParamInfo, ...], constants: Any) -> Callable[..., Any]:
     # By the compiler's own loops, since here nothing is donated that a kernel could work on in place.
-    compiled: Callable[..., Any] = jax.jit(partial(_call, h, traits, constants, Ways(kernels=False)))
+    compiled: Callable[..., Any] = jax.jit(partial(_call, h, infos, constants, False))
     return compiled
 
 
 def _call(
     h: Hyperparameters,
-    traits: Sequence[traced.Traits],
+    infos: Sequence[traced.ParamInfo],
     constants: Any,
-    ways: Ways,
+    kernels: bool,
     before: Progress,
     report: Any,
     grads: Sequence[Any],
     now: dict[str, Any],
 ) -> tuple[Progress, Any, Any, Any]:
     """One call, with what Keras keeps of it: the new state and report; norm and clip factor where there are any."""
-    unscale = 1.0 / (h.loss_scale_factor or 1.0)
-    after, (norm, factor, skipped) = call(h, traits, ways, before, grads, Now(**dict(constants), **now), unscale)
+    inv_scale = 1.0 / (h.loss_scale_factor or 1.0)
+    after, (norm, factor, skipped) = call(h, infos, kernels, before, grads, Now(**dict(constants), **now), inv_scale)
     if report is not None:
         seen = [jnp.zeros_like(after.product) if value is None else value for value in (norm, factor)]
         report = jnp.stack([*seen, report[SKIPPED] + jnp.where(skipped, 1, 0)]).astype(report.dtype)

@@ -13,10 +13,9 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from nadam.core import traced
-from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.keras import packing
-from nadam.keras.backends import SKIPPED, Backend, Optimizer, traits_of, with_absent
+from nadam.keras.backends import SKIPPED, Backend, Optimizer, info_of, with_absent
 from nadam.keras.slots import checked_gradient
 
 Tensor = Any
@@ -112,7 +111,7 @@ class TensorFlowBackend(Backend):
         now = {name: traced.scalar(keras.ops, value, dtype) for name, value in now.items()}
         indices, padded = with_absent(h, slots, members, grads)
         absent = len(padded) - len(grads)
-        traits = [traits_of(slots[i]) for i in indices]
+        infos = [info_of(slots[i]) for i in indices]
         report = optimizer._report if h.skip_nonfinite else None
         shared = [optimizer._iterations, optimizer._momentum_product, report]
         replicas = len(strategy.experimental_local_results(optimizer._iterations.value))
@@ -126,10 +125,10 @@ class TensorFlowBackend(Backend):
             own = [strategy.experimental_local_results(grad)[replica] for grad in grads]
             if not tf.executing_eagerly():
                 own = tf.tuple(own, control_inputs=list(now.values()))  # a callable that raises comes first
-            call = partial(_call, h, traits, constants, absent, variables, replicas == 1)
+            call = partial(_call, h, infos, constants, absent, variables, replicas == 1)
             with tf.device(variables.iterations.device):
                 if tf.executing_eagerly():
-                    key = (h, tuple(indices), absent, replica, tuple(traits), tuple(constants.items()))
+                    key = (h, tuple(indices), absent, replica, tuple(infos), tuple(constants.items()))
                     plans = optimizer._runtime.plans
                     if key not in plans:
                         plans[key] = tf.function(call)
@@ -140,7 +139,7 @@ class TensorFlowBackend(Backend):
 
 def _call(
     h: Hyperparameters,
-    traits: Sequence[traced.Traits],
+    infos: Sequence[traced.ParamInfo],
     constants: dict[str, float],
     absent: int,
     variables: Local,
@@ -149,31 +148,31 @@ def _call(
     now: dict[str, Tensor],
 ) -> None:
     """One call on the variables of one replica; ``absent`` of the parameters, the last ones, have no gradient."""
-    xp, steps, unscale = keras.ops, h.gradient_accumulation_steps, 1.0 / (h.loss_scale_factor or 1.0)
+    xp, steps, inv_scale = keras.ops, h.gradient_accumulation_steps, 1.0 / (h.loss_scale_factor or 1.0)
     # With other replicas around, a function that is compiled by itself might not end up on its device.
     compiled: Any = partial(tf.function, jit_compile=True, autograph=False) if alone else lambda function: function
     given = variables.slots[: len(variables.slots) - absent]
 
     @compiled
     def check(grads: list[Tensor]) -> Tensor:
-        return traced.usable(xp, grads, list(map(_read, given)), unscale, Check.SQUARES_FINITE)
+        return traced.usable(xp, grads, list(map(_read, given)), inv_scale, h.check())
 
     def accumulate(grads: list[Tensor]) -> None:
         for slot, grad in zip(given, grads, strict=True):
-            slot[4].assign_add(traced.unscaled(xp, grad, slot[4], unscale))
+            slot[4].assign_add(traced.unscaled(xp, grad, slot[4], inv_scale))
         if variables.report is not None:
             nothing = tf.zeros((), variables.report.dtype)
             variables.report.assign(tf.stack([nothing, nothing, variables.report[SKIPPED]]))
 
     def norms(grads: list[Tensor]) -> Tensor:
         """Not compiled by itself: XLA on the CPU takes sums on one thread, a number at a time."""
-        if not traced.clips_by_norm(h):
+        if not h.clips_by_norm:
             return None
         given = list(map(_read, variables.slots)), [*grads, *[None] * absent], variables.product.dtype.name
-        return traced.norms(xp, *given, unscale=unscale, sum_of_squares=lambda g: 2.0 * tf.nn.l2_loss(g))
+        return traced.norms(xp, *given, inv_scale=inv_scale, sum_of_squares=lambda g: 2.0 * tf.nn.l2_loss(g))
 
     in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-    with_gradient = [slot[0] for slot in given], traits[: len(given)]
+    with_gradient = [slot[0] for slot in given], infos[: len(given)]
     packed = packing.small(h, *with_gradient) if alone and not in_xla else []
     others = sorted(set(range(len(variables.slots))) - set(packed))
 
@@ -184,8 +183,8 @@ def _call(
         slots, product = [variables.slots[i] for i in members], variables.product.read_value()
         updates = variables.iterations.read_value() // (steps or 1)
         arguments = (xp, h, Now(**constants, **now), updates, product, list(map(_read, slots)), grads)
-        options = {"unscale": unscale, "norms": norms, "one_pass": one_pass}
-        outcome = traced.update(*arguments, [traits[i] for i in members], **options)
+        options = {"inv_scale": inv_scale, "norms": norms, "one_pass": one_pass}
+        outcome = traced.update(*arguments, [infos[i] for i in members], **options)
         for slot, tensor in zip(slots, outcome.tensors, strict=True):
             for variable, value in zip(slot[:4], tensor[:4], strict=True):
                 if variable is not None:
@@ -201,7 +200,7 @@ def _call(
         if others:
             report = compiled(partial(change, others, None))([padded[i] for i in others], now, norms)
         if packed:
-            report = change(packed, packing.one_pass, [padded[i] for i in packed], now, norms)
+            report = change(packed, partial(packing.one_pass, h), [padded[i] for i in packed], now, norms)
         assert report is not None
         variables.product.assign(report[0])
         if variables.report is not None:

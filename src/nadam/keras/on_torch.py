@@ -11,15 +11,15 @@ from keras.ops import convert_to_tensor
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch.autograd.graph import increment_version
 
-from nadam.core.average import averaging
-from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED, Clock
-from nadam.core.step import Part, StepReport, step
+from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SKIPPED, Counters
+from nadam.core.library import mathematics
+from nadam.core.scalars import averaging
+from nadam.core.step import Bucket, StepReport, step
 from nadam.keras import on_torch_gpu
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Backend, Optimizer
 from nadam.keras.slots import checked_gradient
-from nadam.kernels import tensors
-from nadam.kernels.arrays import mathematics
+from nadam.torch import memory
 
 # Plans for different sets of variables that are kept, as for a model whose halves are trained in turn.
 PLANS_KEPT = 8
@@ -38,11 +38,11 @@ class Call:
                     variable._value.data = variable._value.data.contiguous()
             state = [None if v is None else v._value for v in slot[:5]]
             averaged = slot.variable.constraint is None
-            rows.append(tensors.Slot._make([slot.variable.path, *state, None, slot.decays, averaged]))
+            rows.append(memory.Slot._make([slot.variable.path, *state, None, slot.decays, averaged]))
         self.values = [row.param for row in rows]
-        made = tensors.TensorPlan(rows, grads, members)
+        made = memory.TensorPlan(rows, grads, members)
         named = [(row.name, grad) for row, grad in zip(rows, grads, strict=True)]
-        self._watch = tensors.watch([made], tensors.check_apart(tensors.named(rows), named))
+        self._watch = memory.watch([made], memory.check_apart(memory.named(rows), named))
         self.plan, made.grads = made.plan, ()
         self.kept: Any = None  # gradients that are copies of the caller's
 
@@ -59,13 +59,13 @@ class TorchBackend(Backend):
         for slot in slots:
             for place, variable in enumerate(slot[1:5], 1):
                 if variable is not None and variable._value.is_cpu:
-                    variable._value.data = tensors.shifted(variable._value.data, place)
+                    variable._value.data = memory.shifted(variable._value.data, place)
         self._renew(optimizer)
 
     @staticmethod
     def _renew(optimizer: Optimizer) -> None:
         runtime = optimizer._runtime
-        runtime.clock = Clock(len(runtime.slots))
+        runtime.counters = Counters(len(runtime.slots))
         everything = [v for slot in runtime.slots for v in slot[:5] if v is not None]
         runtime.on_cpu = all(v._value.is_cpu for v in everything)
 
@@ -75,7 +75,7 @@ class TorchBackend(Backend):
     def step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
         runtime = optimizer._runtime
         with torch.no_grad():
-            if runtime.clock is None:
+            if runtime.counters is None:
                 self._renew(optimizer)
             if in_stateless_scope():  # there a variable's value is not its own
                 self.eager_step(optimizer, members, grads)
@@ -84,36 +84,40 @@ class TorchBackend(Backend):
             elif not on_torch_gpu.step(optimizer, members, grads):
                 self.eager_step(optimizer, members, grads)
 
-    def settle(self, optimizer: Optimizer) -> None:
-        """Bring the counters among the variables up to the clock, which the kernel itself advances.
+    def sync_counters(self, optimizer: Optimizer) -> None:
+        """Bring the counters among the variables up to those which the kernel itself advances.
 
         Where an interrupt keeps a step from doing so, whoever looks at the variables next does it.
         """
         runtime = optimizer._runtime
-        if runtime.unsettled and runtime.clock is not None:
+        if runtime.unsynced and runtime.counters is not None:
             with torch.no_grad():
-                optimizer._iterations._value.fill_(runtime.clock.calls)
-                optimizer._momentum_product._value.fill_(runtime.clock.momentum_product)
+                optimizer._iterations._value.fill_(runtime.counters.calls)
+                optimizer._momentum_product._value.fill_(runtime.counters.momentum_product)
                 if optimizer.skip_nonfinite:
-                    optimizer._report._value[SKIPPED_STEPS] = runtime.clock.skipped
-            runtime.unsettled = False
+                    optimizer._report._value[SKIPPED_STEPS] = runtime.counters.skipped
+            runtime.unsynced = False
 
     def _kernel_step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
         h, runtime = optimizer._hyper, optimizer._runtime
-        self.settle(optimizer)
-        clock, count = runtime.clock, int(optimizer._iterations._value)
+        self.sync_counters(optimizer)
+        counters, count = runtime.counters, int(optimizer._iterations._value)
         now = optimizer._now(count)
         product = float(optimizer._momentum_product._value)
-        clock.now[CALLS], clock.now[MOMENTUM_PRODUCT], clock.now[SKIPPED] = count, product, self._skipped(optimizer)
+        counters.current[CALLS], counters.current[MOMENTUM_PRODUCT], counters.current[SKIPPED] = (
+            count,
+            product,
+            self._skipped(optimizer),
+        )
         steps = h.gradient_accumulation_steps
         if steps is not None and (count + 1) % steps == 0 and len(members) < len(runtime.slots):
             members, grads = _with_owed(runtime.slots, runtime.seen(count), members, grads)
         call = _call_for(optimizer, members, grads)
-        runtime.unsettled = True
+        runtime.unsynced = True
         try:
-            report = step([Part(h, now, clock, call.plan)], loss_scale=h.loss_scale_factor or 1.0)
+            report = step([Bucket(h, now, counters, call.plan)], loss_scale=h.loss_scale_factor or 1.0)
         finally:
-            self.settle(optimizer)
+            self.sync_counters(optimizer)
             increment_version(call.values)
         updated = not report.skipped and (steps is None or (count + 1) % steps == 0)
         if steps is not None and not report.skipped:
@@ -122,7 +126,7 @@ class TorchBackend(Backend):
             _constrain(optimizer, call, report)
         if h.skip_nonfinite:
             optimizer._report.assign([report.grad_norm or 0.0, report.clip_factor or 0.0, report.skipped_steps])
-        runtime.note(clock.calls, report)
+        runtime.note(counters.calls, report)
 
 
 def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> Call:
@@ -151,7 +155,7 @@ def _checked(variable: Any, given: Any) -> torch.Tensor:
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     checked_gradient(variable, grad)
-    return grad.resolve_neg() if grad.dtype in tensors.FORMATS else grad.to(torch.float32)
+    return grad.resolve_neg() if grad.dtype in memory.FORMATS else grad.to(torch.float32)
 
 
 def _copied(given: Any) -> Any:
@@ -180,8 +184,8 @@ def _constrain(optimizer: Optimizer, call: Call, report: StepReport) -> None:
     for slot in call.constrained:
         slot.variable.assign(slot.variable.constraint(slot.variable.value))
         if slot.ema is not None:
-            moving = averaging(h.ema_momentum, h.ema_overwrite_frequency, report.step)
+            momentum, overwrite = averaging(h.ema_momentum, h.ema_overwrite_frequency, report.step)
             ema, param = slot.ema._value, slot.variable._value
-            ema.copy_(m.average(ema, param.to(ema.dtype), moving.momentum, moving.weight))
-            if moving.overwrite:
+            ema.copy_(m.average(ema, param.to(ema.dtype), momentum, 1.0 - momentum))
+            if overwrite:
                 param.copy_(ema)

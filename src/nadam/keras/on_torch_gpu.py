@@ -9,12 +9,12 @@ import keras
 import torch
 from torch.autograd.graph import increment_version
 
-from nadam.core.clock import CALLS, MOMENTUM_PRODUCT, SKIPPED
+from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SKIPPED
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Optimizer, with_absent
 from nadam.keras.slots import checked_gradient
-from nadam.torch.batches import usable
-from nadam.torch.gpu_parts import can_run, on_gpu
+from nadam.torch.buckets import usable
+from nadam.torch.gpu.bucket_cache import can_run, on_gpu
 
 CLIP_FACTOR = 1  # its place in the report
 # Plans for different sets of variables that are kept.
@@ -35,16 +35,7 @@ class Reported:
 
 @torch.no_grad()
 def step(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> bool:
-    """Do one call.
-
-    Args:
-        optimizer: Keras's.
-        members: Which of its variables have a gradient.
-        grads: Theirs.
-
-    Returns:
-        Whether it was done; if not, nothing has changed, and it is to be done otherwise.
-    """
+    """Do one call."""
     h, runtime = optimizer._hyper, optimizer._runtime
     indices, given = with_absent(h, runtime.slots, members, grads)
     slots = [runtime.slots[i] for i in indices]
@@ -63,7 +54,7 @@ def step(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> 
     counters[MOMENTUM_PRODUCT].copy_(product)
     if h.skip_nonfinite:
         counters[SKIPPED].copy_(optimizer._report._value[SKIPPED_STEPS])
-    part = on_gpu().Part(plan, h, rate, beta1, beta2)
+    part = on_gpu().Bucket(plan, h, rate, beta1, beta2)
     report = on_gpu().step([part], loss_scale=h.loss_scale_factor or 1.0)
     increment_version([param.detach() for param in params])
     iterations.copy_(counters[CALLS])

@@ -9,8 +9,8 @@ from typing import Any, Self
 import keras
 from keras import saving
 
+from nadam.core.config import SPELLING, Configured
 from nadam.core.hyperparameters import Hyperparameters, Now, current
-from nadam.core.settings import SPELLING, Settings
 from nadam.core.step import StepReport
 from nadam.keras import calls, slots, state
 from nadam.keras.backends import Runtime, backend
@@ -23,14 +23,14 @@ _UNCHANGED = {"momentum_decay": 1.0, "skip_nonfinite": False}  # what a config l
 
 
 @saving.register_keras_serializable(package="nadam")
-class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
+class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
     """Adam with Nesterov momentum, a drop-in for keras.optimizers.Nadam.
 
         exp_avg    += (grad - exp_avg) * (1 - beta_1)
         exp_avg_sq += (grad**2 - exp_avg_sq) * (1 - beta_2)
         variable   -= learning_rate * m_hat / (sqrt(exp_avg_sq / (1 - beta_2**t)) + epsilon)
 
-    where ``m_hat`` looks one step ahead along the momentum, which warms up (core/coefficients.py). Half-precision
+    where ``m_hat`` looks one step ahead along the momentum, which warms up (core/scalars.py). Half-precision
     variables are computed in float32 and have float32 moments.
 
     Args:
@@ -171,13 +171,13 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
         iteration, learning_rate (absent for a schedule or callable), averages, accumulators, per variable first and
         second moment, momentum product; last, with ``skip_nonfinite``, what the last step reports.
         """
-        backend.settle(self)
+        backend.sync_counters(self)
         return list(super().variables)
 
     @property
     def iterations(self) -> Any:
         """Updates so far: calls, divided by ``gradient_accumulation_steps``."""
-        backend.settle(self)
+        backend.sync_counters(self)
         return super().iterations
 
     @property
@@ -207,7 +207,7 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
         if getattr(self, "built", False):  # by another thread meanwhile
             return
         with backend.building():
-            created, self._momentum_product = slots.create(self, variables)
+            created, self._momentum_product = slots.create(self, variables, backend)
             if self.skip_nonfinite:
                 self._report = self.add_variable((3,), "zeros", self._momentum_product.dtype, name="report")
         self._runtime.slots = created
@@ -337,7 +337,7 @@ class Nadam(Settings, keras.optimizers.Optimizer):  # type: ignore[misc]
         out where there is nothing to say: keras.optimizers.Nadam then takes the config as well.
         """
         rate = self._learning_rate
-        config = super(Settings, self).get_config()
+        config = super(Configured, self).get_config()
         config["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else _serialized(rate)
         config.update({"beta_1": _serialized(self.beta_1), "beta_2": _serialized(self.beta_2), "epsilon": self.epsilon})
         ours = {name: getattr(self, name) for name in _UNCHANGED}

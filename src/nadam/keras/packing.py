@@ -20,20 +20,20 @@ from nadam.core.scalars import Scalars
 SMALL, WORTH_PACKING = 1 << 14, 8
 
 
-def small(h: Hyperparameters, params: Sequence[Any], traits: Sequence[traced.Traits]) -> list[int]:
+def small(h: Hyperparameters, params: Sequence[Any], infos: Sequence[traced.ParamInfo]) -> list[int]:
     """Which of these parameters are to be packed; none where each gradient is clipped by its own norm."""
     if h.clipnorm is not None:
         return []
     found = [
         i
-        for i, (param, trait) in enumerate(zip(params, traits, strict=True))
-        if trait.constraint is None and prod(param.shape) <= SMALL
+        for i, (param, info) in enumerate(zip(params, infos, strict=True))
+        if info.constraint is None and prod(param.shape) <= SMALL
     ]
     return found if len(found) >= WORTH_PACKING else []
 
 
 def one_pass(
-    h: Hyperparameters, p: traced.Pass, tensors: Sequence[traced.Tensor], traits: Sequence[traced.Traits]
+    h: Hyperparameters, p: traced.Pass, tensors: Sequence[traced.Tensor], infos: Sequence[traced.ParamInfo]
 ) -> dict[int, traced.Tensor]:
     """All of these after the rule, as `core.traced.update` asks for it; accumulators are left to the caller."""
     alike: dict[str, list[int]] = {}
@@ -45,7 +45,7 @@ def one_pass(
         fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * h.use_ema]
         flat = [_flat([getattr(tensors[i], field) for i in members]) for field in fields]
         grad = _flat([p.whole[i] for i in members])
-        decays = np.repeat([float(traits[i].decays) for i in members], sizes)
+        decays = np.repeat([float(infos[i].decays) for i in members], sizes)
         new = _updated(h, None if decays.all() else decays, flat, grad, p.scalars, p.factors[0])
         parts = [tf.split(values, sizes) for values in new]
         for place, i in enumerate(members):
@@ -77,6 +77,6 @@ def _rule(
     tensor = traced.Tensor(*flat, *[None] * (5 - len(flat)))
     if decays is not None:
         s = s._replace(decay=s.decay * tf.constant(decays, s.decay.dtype))
-    everything = traced.Pass([grad], [grad], s, [factor])
-    new = traced.updated(keras.ops, h, everything, 0, tensor, traced.Traits(decays=True, constraint=None))
+    everything = traced.Pass([grad], [grad], s, [factor], h.flags)
+    new = traced.updated(keras.ops, h, everything, 0, tensor, traced.ParamInfo(decays=True, constraint=None))
     return [value for value in new if value is not None]

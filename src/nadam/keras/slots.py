@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from nadam.kernels.spans import COMPUTE_DTYPE
+from nadam.core.dtypes import COMPUTE_DTYPE
 
 Optimizer = Any
 Variable = Any  # a keras.Variable, or a tf.Variable
@@ -39,24 +39,19 @@ def path_of(variable: Variable) -> str:
     return str(getattr(variable, "path", None) or variable.name)
 
 
-def create(optimizer: Optimizer, variables: Sequence[Variable]) -> tuple[tuple[Slot, ...], Variable]:
-    """Create the optimizer variables of some variables, in Keras's order.
-
-    Returns:
-        The slots, and the momentum product.
-
-    Raises:
-        TypeError: A variable that is not of one of the four floating dtypes.
-        ValueError: The same variable twice.
-    """
-    from nadam.keras.backends import backend
-
+def create(optimizer: Optimizer, variables: Sequence[Variable], backend: Any) -> tuple[tuple[Slot, ...], Variable]:
+    """Create the optimizer variables of some variables, in Keras's order."""
     dtypes = [_state_dtype(optimizer, variable) for variable in variables]
     if len({optimizer._var_key(variable) for variable in variables}) != len(variables):
         raise ValueError("variables: the same variable twice")
 
     def add(variable: Variable, dtype: str | None, name: str, initializer: Any = "zeros") -> Variable | None:
-        return None if dtype is None else _add(optimizer, variable, dtype, name, initializer)
+        if dtype is None:
+            return None
+        own_name = f"{path_of(variable).replace('/', '_').replace(':', '_')}_{name}"
+        layout = getattr(variable, "_layout", None)
+        with backend.near(optimizer, variable):
+            return optimizer.add_variable(variable.shape, initializer, dtype, layout=layout, name=own_name)
 
     given = list(zip(variables, dtypes, strict=True))
     averages, accumulators = [None] * len(given), [None] * len(given)
@@ -83,22 +78,8 @@ def _state_dtype(optimizer: Optimizer, variable: Variable) -> str | None:
         raise TypeError(f"{path_of(variable)}: dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPE)}") from None
 
 
-def _add(optimizer: Optimizer, variable: Variable, dtype: str, name: str, initializer: Any) -> Variable:
-    from nadam.keras.backends import backend
-
-    own_name = f"{path_of(variable).replace('/', '_').replace(':', '_')}_{name}"
-    layout = getattr(variable, "_layout", None)
-    with backend.near(optimizer, variable):
-        return optimizer.add_variable(variable.shape, initializer, dtype, layout=layout, name=own_name)
-
-
 def checked_gradient(variable: Variable, grad: Any) -> Any:
-    """A gradient, as a tensor.
-
-    Raises:
-        ValueError: It has another shape than its variable.
-        TypeError: It is complex.
-    """
+    """A gradient, as a tensor."""
     tensor = keras.ops.convert_to_tensor(grad)
     shape, own = tuple(tensor.shape), tuple(variable.shape)
     if len(shape) != len(own) or any(n is not None and n != m for n, m in zip(shape, own, strict=True)):

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.coefficients import momentum
+from nadam.core.scalars import momentum
 from nadam.keras.slots import path_of
 
 Array = NDArray[Any]
@@ -124,11 +124,7 @@ def _read(store: Any) -> list[Entry]:
 
 
 def load(optimizer: Optimizer, read: Sequence[Entry]) -> None:
-    """Put a state into a built optimizer, all of it or, if anything is wrong with it, nothing.
-
-    Raises:
-        ValueError: What is wrong, by name.
-    """
+    """Put a state into a built optimizer, all of it or, if anything is wrong with it, nothing."""
     wanted, variables = labels(optimizer), optimizer.variables
     if len(read) <= 2 and all(entry.is_ours for entry in read):
         read = _completed(optimizer, read, wanted)
@@ -213,11 +209,7 @@ def _checked(label: Label, variable: Any, entry: Entry) -> Array:
 
 
 def product_after(optimizer: Optimizer, calls: int) -> float:
-    """The momentum product after a number of calls, where beta_1 has been what it is.
-
-    Raises:
-        ValueError: beta_1 is computed.
-    """
+    """The momentum product after a number of calls, where beta_1 has been what it is."""
     h = optimizer._hyper
     if callable(h.beta1):
         raise ValueError("beta_1: it is computed at each step, so the missing momentum product cannot be computed")

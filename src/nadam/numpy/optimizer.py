@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.config import SPELLING, Configured
 from nadam.core.exclusive import Exclusive, loading
 from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
-from nadam.core.settings import SPELLING, Settings
-from nadam.core.step import Part, StepReport, step
+from nadam.core.step import Bucket, StepReport, step
 from nadam.numpy.parameters import Exclusion, Parameters
 
 Number = float | Callable[[], float]
 
 
-class Nadam(Settings):
+class Nadam(Configured):
     """Adam with Nesterov momentum for NumPy arrays, with the arguments, methods and numbers of keras.optimizers.Nadam.
 
         exp_avg    += (grad - exp_avg) * (1 - beta_1)
         exp_avg_sq += (grad**2 - exp_avg_sq) * (1 - beta_2)
         param      -= learning_rate * m_hat / (sqrt(exp_avg_sq / (1 - beta_2**t)) + epsilon)
 
-    where ``m_hat`` looks one step ahead along the momentum, which warms up (core/coefficients.py).
+    where ``m_hat`` looks one step ahead along the momentum, which warms up (core/scalars.py).
 
     Args:
         learning_rate: A number >= 0; a schedule, called with the number of calls so far; or a callable of no arguments.
@@ -124,13 +124,13 @@ class Nadam(Settings):
     @property
     def iterations(self) -> int:
         """Updates so far: calls, divided by ``gradient_accumulation_steps``."""
-        calls = 0 if self._parameters is None else self._parameters.clock.calls
+        calls = 0 if self._parameters is None else self._parameters.counters.calls
         return calls // (self._hyper.gradient_accumulation_steps or 1)
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next call; settable unless it is a schedule's."""
-        calls = 0 if self._parameters is None else self._parameters.clock.calls
+        calls = 0 if self._parameters is None else self._parameters.counters.calls
         return float(current(self._hyper.lr, calls))
 
     @learning_rate.setter
@@ -151,12 +151,12 @@ class Nadam(Settings):
         scalars = [] if callable(self._hyper.lr) else [np.float32(self._hyper.lr)]
         if self._parameters is None:
             return [np.asarray(0), *map(np.asarray, scalars)]
-        entries, clock = self._parameters.entries, self._parameters.clock
+        entries, counters = self._parameters.entries, self._parameters.counters
         averages = [entry.ema for entry in entries if entry.ema is not None]
         accumulators = [entry.accumulator for entry in entries if entry.accumulator is not None]
         moments = [array for entry in entries for array in (entry.exp_avg, entry.exp_avg_sq)]
-        before = [np.asarray(clock.calls), *map(np.asarray, scalars)]
-        return [*before, *averages, *accumulators, *moments, np.asarray(clock.momentum_product)]
+        before = [np.asarray(counters.calls), *map(np.asarray, scalars)]
+        return [*before, *averages, *accumulators, *moments, np.asarray(counters.momentum_product)]
 
     def build(self, variables: Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]]) -> None:
         """Tell the optimizer its arrays, before the first call of `apply` does.
@@ -184,7 +184,7 @@ class Nadam(Settings):
         with loading():  # all that a first step imports
             from numpy import ma  # noqa: F401
 
-            from nadam.kernels import plan, pointers, rows  # noqa: F401
+            from nadam.kernels.cpu import plan, pointers  # noqa: F401
         return Parameters(variables, average=h.use_ema, accumulate=accumulate, exclusion=self._exclusion)
 
     def exclude_from_weight_decay(
@@ -254,11 +254,11 @@ class Nadam(Settings):
             if variables is None:
                 raise ValueError("variables: expected the arrays to train, on the first call or in build() before it")
             parameters = self._prepared(variables)
-        now = self._hyper.at(parameters.clock.calls)
+        now = self._hyper.at(parameters.counters.calls)
         plan, _held = parameters.plan(grads, variables)
         self._parameters = parameters
-        part = Part(self._hyper, now, parameters.clock, plan)
-        self.last_step = report = step([part], loss_scale=loss_scale, must_be_finite=must_be_finite)
+        bucket = Bucket(self._hyper, now, parameters.counters, plan)
+        self.last_step = report = step([bucket], loss_scale=loss_scale, must_be_finite=must_be_finite)
         return not report.skipped
 
     def scale_loss(self, loss: Any) -> Any:

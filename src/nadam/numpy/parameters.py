@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.clock import Clock
-from nadam.numpy.plans import FORMATS, STATE_DTYPES, ArrayPlan, Parameter, check_memory
+from nadam.core.counters import Counters
+from nadam.core.dtypes import COMPUTE_DTYPE
+from nadam.numpy.plans import FORMATS, CachedPlan, Parameter, check_memory
 
 if TYPE_CHECKING:
-    from nadam.kernels.plan import Plan
+    from nadam.kernels.cpu.plan import KernelPlan
 
 Array = NDArray[Any]
 
@@ -37,8 +38,7 @@ class Exclusion:
 
 def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
     """Zeros for a parameter's state: dense, in its axis order, and where large, shifted by a number of SHIFTs."""
-    from nadam.kernels.layouts import axis_order
-    from nadam.kernels.rows import LARGE, SHIFT
+    from nadam.kernels.strides import LARGE, SHIFT, axis_order
 
     like = np.empty_like(array, dtype, subok=False)
     if like.nbytes < LARGE:
@@ -49,18 +49,7 @@ def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
 
 
 class Parameters:
-    """The arrays that an optimizer trains, their state and its counters.
-
-    Args:
-        variables: Arrays, or arrays by name.
-        average: Whether they have a moving average; it begins at their value.
-        accumulate: Whether they have a gradient accumulator.
-        exclusion: What is excluded from weight decay.
-
-    Raises:
-        TypeError: Something that is not a NumPy array of a floating or complex dtype.
-        ValueError: None at all, a read-only array, or one that shares memory with itself or another.
-    """
+    """The arrays that an optimizer trains, their state and its counters."""
 
     def __init__(
         self, variables: Any, *, average: bool = False, accumulate: bool = False, exclusion: Exclusion | None = None
@@ -69,7 +58,7 @@ class Parameters:
         arrays = _checked(variables)
         self.entries: list[Parameter] = []
         for name, array in arrays.items():
-            dtype = np.dtype(STATE_DTYPES.get(array.dtype.name, array.dtype.name))
+            dtype = np.dtype(COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name))
             zeros = [_zeros(array, dtype, place) for place in range(1, 3 + accumulate)]
             ema = _zeros(array, dtype, 4) if average else None
             if ema is not None:
@@ -78,19 +67,19 @@ class Parameters:
             self.entries.append(
                 Parameter(name, array, zeros[0], zeros[1], ema, zeros[2] if accumulate else None, decays)
             )
-        self.clock = Clock(len(self.entries))
+        self.counters = Counters(len(self.entries))
         self._index()
 
     def _index(self) -> None:
         self._arrays = [entry.array for entry in self.entries]
         self._positions = {entry.name: i for i, entry in enumerate(self.entries)}
         self._identities = {id(array): i for i, array in enumerate(self._arrays)}
-        self._plans: dict[bytes, ArrayPlan] = {}
-        self._complete: ArrayPlan | None = None  # the last one in which every parameter had a gradient
+        self._plans: dict[bytes, CachedPlan] = {}
+        self._complete: CachedPlan | None = None  # the last one in which every parameter had a gradient
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what holds addresses and identities, which are another copy's."""
-        return {"named": self.named, "entries": self.entries, "clock": self.clock}
+        return {"named": self.named, "entries": self.entries, "counters": self.counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -112,14 +101,8 @@ class Parameters:
             )
         return index
 
-    def plan(self, grads: Any, variables: Any) -> tuple[Plan, Any]:
-        """The plan for a call's gradients, all of them checked; and what must be held until the step is done.
-
-        Raises:
-            ValueError: Another count or shape of gradients, no gradient at all, an unknown or repeated variable, or
-                memory that overlaps.
-            TypeError: A gradient that is not an array of numbers.
-        """
+    def plan(self, grads: Any, variables: Any) -> tuple[KernelPlan, Any]:
+        """The plan for a call's gradients, all of them checked; and what must be held until the step is done."""
         if variables is not None and type(variables) in (list, tuple, dict) and self.are(variables):
             variables = None
         if variables is None and self._complete is not None:
@@ -130,7 +113,7 @@ class Parameters:
         key = members.tobytes()
         known = self._plans.get(key)
         if known is None or not known.fits(arrays):
-            known = ArrayPlan([self.entries[i] for i in members], arrays, labels, members)
+            known = CachedPlan([self.entries[i] for i in members], arrays, labels, members)
             if known.reusable:
                 if len(self._plans) >= PLANS_KEPT:
                     self._plans.clear()
@@ -171,7 +154,7 @@ class Parameters:
         present = {i: (label, grad) for i, label, grad in zip(indices, labels, given, strict=True) if grad is not None}
         if not present:
             raise ValueError("grads: no gradient for any parameter")
-        for i in np.flatnonzero(self.clock.seen):  # had one earlier in this window, none now: it counts as zero
+        for i in np.flatnonzero(self.counters.seen):  # had one earlier in this window, none now: it counts as zero
             array = self.entries[i].array
             present.setdefault(int(i), (None, np.broadcast_to(np.zeros((), array.dtype), array.shape)))
         ordered = sorted(present)
@@ -208,7 +191,7 @@ def _checked(variables: Any) -> dict[str, Array]:
 
 
 def _check_distinct(arrays: Sequence[Array], labels: Sequence[object]) -> None:
-    from nadam.kernels.layouts import overlapping
+    from nadam.kernels.strides import overlapping
 
     found = overlapping(arrays)
     if found is not None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.dtypes import COMPUTE_DTYPE
+
 if TYPE_CHECKING:
-    from nadam.kernels.pointers import Pointers
+    from nadam.kernels.cpu.pointers import Pointers
 
 Array = NDArray[Any]
 
@@ -23,8 +25,6 @@ FORMATS = {
     "complex64": "float32",
     "complex128": "float64",
 }
-# dtype of moments, accumulator and average: half precision is too coarse to add small numbers up in.
-STATE_DTYPES = {"float16": "float32", "bfloat16": "float32"}
 
 
 @dataclass
@@ -46,17 +46,16 @@ class Parameter:
         return {name: array for name, array in arrays.items() if array is not None}
 
 
-class ArrayPlan:
+class CachedPlan:
     """A plan, and what tells whether it fits other gradients."""
 
     def __init__(
         self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
     ) -> None:
-        from nadam.kernels.plan import Plan
-        from nadam.kernels.pointers import WRITEABLE, Look, Pointers, array_wanted, arrays_readable
-        from nadam.kernels.rows import Memory, cells, groups
-        from nadam.kernels.spans import GRAD
-        from nadam.kernels.table import address
+        from nadam.kernels.cpu.group import TensorMemory
+        from nadam.kernels.cpu.plan import KernelPlan
+        from nadam.kernels.cpu.pointers import WRITEABLE, Look, Pointers, array_wanted, arrays_readable
+        from nadam.kernels.strides import address
 
         for entry in entries:
             _check_unchanged(entry)
@@ -68,16 +67,17 @@ class ArrayPlan:
         tensors = []
         for e, grad in zip(entries, arrays, strict=True):
             formats = FORMATS[e.array.dtype.name], FORMATS[grad.dtype.name]
-            tensors.append(Memory(*formats, e.array, grad, e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator, e.decays))
-        made = groups(tensors, keep=(entries, arrays))
+            state = (e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator)
+            tensors.append(TensorMemory._make([*formats, e.array, grad, *state, e.decays, True, None, False]))
+        self.plan = KernelPlan(tensors, members, keep=(entries, arrays))
         # Only what the kernels use in place can be swapped for another array that lies alike.
         self.reusable = arrays_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
         self._pointers: Pointers | None = None
         if self.reusable:
             fixed = [Look(e.array, array_wanted(e.array, WRITEABLE), address(e.array)) for e in entries]
-            new = [Look(g, array_wanted(g, 0), cell) for g, cell in zip(arrays, cells(made, GRAD), strict=True)]
+            cells = self.plan.gradient_cells()
+            new = [Look(g, array_wanted(g, 0), cell) for g, cell in zip(arrays, cells, strict=True)]
             self._pointers = Pointers("numpy_array", fixed, new, owners)
-        self.plan = Plan(made, members)
         # Whoever does the step holds the gradients meanwhile; afterwards they are not ours to keep.
         if self.reusable:
             arrays.clear()
@@ -92,7 +92,7 @@ class ArrayPlan:
 def _check_unchanged(entry: Parameter) -> None:
     """That nobody has resized, retyped or frozen an array since the optimizer was built."""
     where, array, state = f"variables[{entry.name!r}]", entry.array, entry.exp_avg
-    if array.shape != state.shape or STATE_DTYPES.get(array.dtype.name, array.dtype.name) != state.dtype.name:
+    if array.shape != state.shape or COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name) != state.dtype.name:
         built = f"shape {state.shape} and state of {state.dtype}"
         raise ValueError(f"{where}: shape {array.shape} and dtype {array.dtype}, but was built with {built}")
     check_memory(where, array)
@@ -100,7 +100,7 @@ def _check_unchanged(entry: Parameter) -> None:
 
 def check_memory(where: str, array: Array) -> None:
     """That a parameter can be written to, each element by itself."""
-    from nadam.kernels.layouts import overlaps_itself
+    from nadam.kernels.strides import overlaps_itself
 
     if not array.flags.writeable:
         raise ValueError(f"{where}: the array is read-only")
@@ -121,12 +121,12 @@ def as_gradient(label: object, grad: Any, param: Array) -> Array:
         raise TypeError(f"{where}: dtype {array.dtype}: expected real numbers for a parameter of {param.dtype}")
     if array.dtype.name in FORMATS and array.dtype.isnative and is_complex == may_be_complex:
         return array
-    return array.astype(STATE_DTYPES.get(param.dtype.name, param.dtype))
+    return array.astype(COMPUTE_DTYPE.get(param.dtype.name, param.dtype))
 
 
 def check_apart(grads: Sequence[Array], owners: Sequence[Array], labels: Sequence[object]) -> None:
     """That no gradient lies in memory that the step writes to."""
-    from nadam.kernels.layouts import overlapping
+    from nadam.kernels.strides import overlapping
 
     found = overlapping(owners, grads)
     if found is not None:

@@ -12,15 +12,15 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from nadam.core.clock import Clock
+from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport, step
-from nadam.kernels.tensors import real
-from nadam.torch import batches, gpu_parts, settings, state
-from nadam.torch.arrays import Row, differentiable_step, joined, store
-from nadam.torch.gpu_parts import GpuParts
-from nadam.torch.parts import Parts
+from nadam.torch import buckets, settings, state
+from nadam.torch.bucket_cache import BucketCache
+from nadam.torch.fallback import Row, differentiable_step, joined, store
+from nadam.torch.gpu import bucket_cache as gpu
+from nadam.torch.memory import real
 from nadam.torch.sharding import combiner, local
 
 POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
@@ -64,8 +64,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         remainder: Whether to keep, beside each bfloat16 parameter, the 16 bits by which it differs from a float32 one:
             it then moves as a float32 parameter would.
         exp_avg_dtype: torch.bfloat16 to keep the first moments of all but float64 and complex parameters in two bytes,
-            rounded up or down by chance, so that small changes add up; None for the dtype that is computed in.
-        seed: Of that chance, an integer >= 0; it also depends on the step, so a resumed run goes on alike.
+            rounded stochastically, so that small changes add up; None for the dtype that is computed in.
+        seed: Of that rounding, 0 <= seed < 2**32; it also depends on the step, so a resumed run goes on alike.
 
     Raises:
         ValueError: A value out of its range, or two clips; it is named, with what is allowed.
@@ -116,9 +116,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._measures = clipnorm is not None or global_clipnorm is not None or skip_nonfinite
         if exp_avg_dtype not in (None, torch.bfloat16):
             raise ValueError(f"exp_avg_dtype={exp_avg_dtype}: expected torch.bfloat16 or None")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed={seed!r}: expected an integer, seed >= 0")
-        self._keeping = batches.Keeping(remainder, exp_avg_dtype, seed)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
+        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed)
         self._forget()
         defaults = {
             "lr": lr,
@@ -141,16 +141,16 @@ class NAdam(Optimizer):  # type: ignore[misc]
         """Drop what was prepared for the parameters and state of before."""
         self._settings = settings.Settings(self._extras)
         steps = self._extras["gradient_accumulation_steps"]
-        self._parts = Parts(self._settings, self._keeping, steps, type(self).__name__)
-        self._gpu = GpuParts(self._settings, self._keeping, steps, type(self).__name__)
+        self._buckets = BucketCache(self._settings, self._options, steps, type(self).__name__)
+        self._gpu = gpu.GpuBucketCache(self._settings, self._options, steps, type(self).__name__)
         self._skipped = 0
         self._position = 0
         self.last_step: StepReport | None = None
-        self._clock: Clock | None = None  # of an accumulating step at work
+        self._counting: Counters | None = None  # of an accumulating step at work
         self._exclusive = Exclusive()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_keeping")}
+        own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_options")}
         counters = dict(zip(("_position", "_skipped"), self._counters(), strict=True))
         return {**super().__getstate__(), **own, **counters}
 
@@ -171,8 +171,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
                 value = entry[name]
                 kept = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
                 entry[name] = kept.to(torch.float64)
-            if entry and not entry.keys() >= set(batches.extra_state(param, h, self._keeping)):
-                entry.update({**batches.new_state(param, h, self._keeping), **entry})  # that of another optimizer
+            if entry and not entry.keys() >= set(buckets.extra_state(param, h, self._options)):
+                entry.update({**buckets.new_state(param, h, self._options), **entry})  # that of another optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of their own, as in `torch.optim`.
@@ -186,14 +186,14 @@ class NAdam(Optimizer):  # type: ignore[misc]
             group = self.param_groups[-1]
             settings.checked(group, self._extras)
             for i, param in enumerate(group["params"]):
-                if param.dtype not in batches.TRAINABLE:
+                if param.dtype not in buckets.TRAINABLE:
                     raise TypeError(
                         f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
                     )
         except BaseException:
             self.param_groups.pop()
             raise
-        self._parts.forget()
+        self._buckets.forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step.
@@ -227,53 +227,53 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _kernel_step(self) -> None:
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
-        self._settle()
-        self._clock = None
+        self._sync_counters()
+        self._counting = None
         if self._may_be_on_gpu():
             done = self._gpu.step(self.param_groups, self.state, self._position, self._skipped, scale, found)
             if done is not NotImplemented:
                 if done is not None:
                     self.last_step, params, self._position, self._skipped = done
                     increment_version(params)
-                    self._parts.forget()
+                    self._buckets.forget()
                 return
-        if self._gpu.cohorts:
+        if self._gpu.buckets:
             self._position, self._skipped = self._counters()
             self._gpu.forget()
         if found is not None and float(found):
             self._skip()
             return
-        parts, params = self._parts.now(self.param_groups, self.state, self._position)
-        if not parts:
+        moving, params = self._buckets.now(self.param_groups, self.state, self._position)
+        if not moving:
             return
         if self._extras["gradient_accumulation_steps"] is not None:
-            self._clock = parts[0].clock
+            self._counting = moving[0].counters
         try:
-            combine = combiner(params) if self._measures and self._parts.sharded else None
-            report = step(parts, loss_scale=1.0 if scale is None else float(scale), combine=combine)
+            combine = combiner(params) if self._measures and self._buckets.sharded else None
+            report = step(moving, loss_scale=1.0 if scale is None else float(scale), combine=combine)
         finally:
             increment_version(params)
-            self._settle()
-            self._clock = None
-            self._parts.release()
+            self._sync_counters()
+            self._counting = None
+            self._buckets.release()
         self._skipped += report.skipped
         self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
 
     def _may_be_on_gpu(self) -> bool:
         params = self.param_groups[0]["params"]
-        return bool(params) and params[0].device.type in gpu_parts.DEVICES
+        return bool(params) and params[0].device.type in gpu.DEVICES
 
-    def _settle(self) -> None:
+    def _sync_counters(self) -> None:
         """Take over how many calls there were since the last update, which the kernel itself counts.
 
         Where an interrupt, or a fork on another thread, keeps a step from doing so, whoever asks next does it.
         """
-        if self._clock is not None:
-            self._position = self._clock.calls % self._extras["gradient_accumulation_steps"]
+        if self._counting is not None:
+            self._position = self._counting.calls % self._extras["gradient_accumulation_steps"]
 
     def _counters(self) -> tuple[int, int]:
         """Calls since the last update, with accumulation, and calls that were skipped."""
-        self._settle()
+        self._sync_counters()
         return self._gpu.position(self._position), self._skipped + self._gpu.skipped()
 
     def _skip(self) -> None:
@@ -290,7 +290,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             for param in group["params"]:
                 if param.grad is not None:
                     if not self.state[param]:
-                        self.state[param] = batches.new_state(param, h, self._keeping)
+                        self.state[param] = buckets.new_state(param, h, self._options)
                     own = {key: real(value) for key, value in self.state[param].items()}
                     rows.append(Row(real(param), real(param.grad), own))
             differentiable_step(h, now._replace(lr=rate), rows)

@@ -36,16 +36,7 @@ _lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight
 
 
 def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparameters:
-    """What a group has set.
-
-    Args:
-        group: Its settings.
-        extras: Those of the whole optimizer.
-
-    Raises:
-        ValueError: One out of its range.
-        TypeError: One that is not a number.
-    """
+    """What a group has set."""
     rate, betas = group["lr"], group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas={betas!r}: expected two numbers")
@@ -80,11 +71,7 @@ class Settings:
         self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters]] = {}
 
     def now(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Now]:
-        """The settings of the group of this number as they are at this step.
-
-        Raises:
-            ValueError: As of `checked`.
-        """
+        """The settings of the group of this number as they are at this step."""
         rate, lasting = group["lr"], _lasting(group)
         if isinstance(rate, Tensor):
             rate = rate.item() if rate.numel() == 1 else rate
@@ -98,11 +85,7 @@ class Settings:
         return h, h.at(0)
 
     def on_device(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Tensor | float, float, float]:
-        """The same for kernels that read the learning rate where it is: and it is not looked at.
-
-        Raises:
-            ValueError: As of `checked`.
-        """
+        """The same for kernels that read the learning rate where it is: and it is not looked at."""
         rate = group["lr"]
         if isinstance(rate, Tensor) and not rate.is_cpu:
             h, now = self.now(index, {**group, "lr": 0.0})

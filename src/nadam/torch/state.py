@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nadam.core.coefficients import momentum_product
+from nadam.core.scalars import momentum_product
 from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
@@ -26,11 +26,7 @@ class Kept:
 
 
 def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...] = NADAM) -> Any:
-    """A checkpoint in the order of these groups, its tensors Kept.
-
-    Raises:
-        ValueError: It is not of these parameters, or not of this optimizer, or damaged; it says what is wrong.
-    """
+    """A checkpoint in the order of these groups, its tensors Kept."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"state_dict: no {key!r} in it")
@@ -64,11 +60,7 @@ def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], require
 
 
 def of_adam(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
-    """A checkpoint of Adam as one of NAdam with the settings of these groups.
-
-    Raises:
-        ValueError: As of `checked`.
-    """
+    """A checkpoint of Adam as one of NAdam with the settings of these groups."""
     made = checked(groups, state_dict, ADAM)
     for i, (ours, theirs) in enumerate(zip(groups, made["param_groups"], strict=True)):
         made["param_groups"][i] = {**ours, "params": theirs["params"]}

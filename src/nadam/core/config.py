@@ -1,0 +1,181 @@
+"""The hyperparameters of Nadam as attributes under Keras's names, and as configs that JSON can hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Self
+
+from nadam.core import schedules
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.schedules import known_schedules
+
+# What Keras calls the hyperparameters that have another name in `core`.
+SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
+# What a user sets; the rest of the dataclass takes no part in comparisons.
+# What Keras's constructor has no argument for is the PyTorch host's.
+_PYTORCHS = {"coupled_weight_decay", "maximize"}
+_FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare and field.name not in _PYTORCHS)
+
+
+class _Setting:
+    """A hyperparameter as an attribute; setting it checks it first."""
+
+    def __init__(self, field: str, *, fixed: bool = False) -> None:
+        self._field, self._fixed = field, fixed
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._hyper, self._field)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if self._fixed and getattr(optimizer, "built", False):
+            raise ValueError(f"{self._field}={value!r}: can be set only before the optimizer is built")
+        optimizer._hyper = replace(optimizer._hyper, **{self._field: value})
+
+
+class Configured:
+    """What the constructor was given, under Keras's names."""
+
+    beta_1 = _Setting("beta1")
+    beta_2 = _Setting("beta2")
+    epsilon = _Setting("eps")
+    weight_decay = _Setting("weight_decay")
+    clipnorm = _Setting("clipnorm")
+    clipvalue = _Setting("clipvalue")
+    global_clipnorm = _Setting("global_clipnorm")
+    use_ema = _Setting("use_ema", fixed=True)
+    ema_momentum = _Setting("ema_momentum")
+    ema_overwrite_frequency = _Setting("ema_overwrite_frequency")
+    loss_scale_factor = _Setting("loss_scale_factor")
+    gradient_accumulation_steps = _Setting("gradient_accumulation_steps", fixed=True)
+    momentum_decay = _Setting("momentum_decay")
+    skip_nonfinite = _Setting("skip_nonfinite")
+
+    name: str
+    _hyper: Hyperparameters
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as values that JSON can hold.
+
+        Raises:
+            ValueError: A callable that cannot be saved.
+        """
+        config = {"name": self.name}
+        for field in _FIELDS:
+            name = SPELLING.get(field, field)
+            config[name] = to_config(name, getattr(self._hyper, field))
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer made from what `get_config` gave.
+
+        Args:
+            config: The constructor's arguments.
+            custom_objects: Functions, and schedule classes that are not this package's, by name.
+        """
+        return cls(**{name: from_config(name, value, custom_objects) for name, value in config.items()})
+
+    def __repr__(self) -> str:
+        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in _FIELDS)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+FUNCTION = "function"
+# Where Keras says that its own schedules live; the classes of those names here take the same configs.
+_KERAS_MODULE = "keras.optimizers.schedules"
+
+
+def to_config(name: str, value: Any) -> Any:
+    """What to write for a hyperparameter: a number as it is, a schedule's config, a function's name.
+
+    Args:
+        name: Of the hyperparameter, as the host spells it.
+        value: A number or a callable.
+
+    Raises:
+        ValueError: A callable that has no config and is not a function of a module.
+
+    Example:
+        >>> to_config("beta_1", lambda: 0.9)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: beta_1=<function <lambda> at ...>: cannot be saved: expected a number, ...
+    """
+    if not callable(value):
+        return value
+    if hasattr(value, "get_config"):
+        try:
+            return serialize(value)
+        except NotImplementedError as error:
+            raise ValueError(f"{name}={value!r}: cannot be saved: {error}") from None
+    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if module is not None and getattr(sys.modules.get(module), qualname, None) is value:
+        return {"class_name": FUNCTION, "module": module, "config": qualname}
+    raise ValueError(
+        f"{name}={value!r}: cannot be saved: expected a number, an object with get_config() or a function of a module"
+    )
+
+
+def from_config(name: str, value: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """The hyperparameter that `to_config` wrote.
+
+    Args:
+        name: Of the hyperparameter, as the host spells it.
+        value: What was written.
+        custom_objects: Functions and classes by name, for what is not this package's. Nothing is imported for a config.
+
+    Raises:
+        ValueError: A function or class that is not in ``custom_objects``.
+
+    Example:
+        >>> from_config("beta_1", 0.9)
+        0.9
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("class_name") != FUNCTION:
+        return deserialize(value, custom_objects)
+    function = (custom_objects or {}).get(value["config"])
+    if function is None:
+        raise ValueError(
+            f"{name}: function {value['module']}.{value['config']}: pass custom_objects={{{value['config']!r}: ...}}"
+        )
+    return function
+
+
+def serialize(schedule: Any) -> dict[str, Any]:
+    """Describe a schedule by its class and its config.
+
+    Example:
+        >>> serialize(schedules.PiecewiseConstantDecay([5], [0.1, 0.01]))["config"]["values"]
+        [0.1, 0.01]
+    """
+    for method in ("get_config", "from_config"):
+        if not callable(getattr(schedule, method, None)):
+            raise ValueError(f"schedule={schedule!r}: cannot be saved, expected an object with {method}()")
+    cls = type(schedule)
+    return {"class_name": cls.__qualname__, "module": cls.__module__, "config": schedule.get_config()}
+
+
+def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Make a schedule from what ``serialize`` gave; imports nothing.
+
+    Example:
+        >>> deserialize(serialize(schedules.ExponentialDecay(0.1, 100, 0.5)))(100)
+        0.05
+    """
+    if not (isinstance(config, Mapping) and isinstance(config.get("class_name"), str) and "config" in config):
+        raise ValueError(f"config={config!r}: expected a dict with class_name and config")
+    class_name, module, custom = config["class_name"], config.get("module"), custom_objects or {}
+    short_name = class_name.rpartition(".")[2]  # the qualified name of a nested class has dots
+    if module in (None, _KERAS_MODULE):
+        module = schedules.__name__
+    cls = custom.get(class_name) or custom.get(short_name) or known_schedules.get((module, class_name))
+    if cls is None:
+        wanted = f"a schedule already defined in {module}, or custom_objects={{{short_name!r}: {short_name}}}"
+        raise ValueError(f"class_name={class_name!r}: expected {wanted}")
+    if not callable(getattr(cls, "from_config", None)):
+        raise ValueError(f"custom_objects[{short_name!r}]={cls!r}: expected a class with from_config()")
+    return cls.from_config(config["config"])

@@ -1,0 +1,274 @@
+"""`fused`: the whole of a call as one function of gradients, state and parameters, with no tree of updates between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jax import numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from nadam.core.hyperparameters import Hyperparameters, Now, current
+from nadam.core.step import StepReport
+from nadam.core.traced import ParamInfo, Progress, Tensor
+from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
+from nadam.jax.fused_state import LAST_COUNT, FusedState, check_state, like_params, new_state
+from nadam.jax.step import XP, call, is_traced
+from nadam.jax.trees import as_type, chosen, dtype_of, is_weak
+from nadam.jax.two_phases import two_phases
+from nadam.kernels.xla import ffi
+
+WORTH_A_WARNING = 1 << 20  # elements that are copied at each step
+
+
+class Fused(NamedTuple):
+    """An optimizer as functions without side effects.
+
+    Attributes:
+        init: params -> state.
+        step: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). Under `jax.jit` with
+            params and state donated nothing is copied. ``learning_rate`` takes the place of the one that was set;
+            the gradients are divided by ``loss_scale``.
+        finalize: (state, params) -> params: their moving averages, with ``use_ema``.
+    """
+
+    init: Callable[[Any], FusedState]
+    step: Callable[..., tuple[Any, FusedState]]
+    finalize: Callable[[FusedState, Any], Any]
+
+    @property
+    def update(self) -> NoReturn:
+        """Not there, since what asks for it expects updates and adds them to the parameters.
+
+        Raises:
+            AttributeError: Always; it says what there is instead.
+        """
+        raise AttributeError(
+            "fused has no update, since it gives parameters and not updates: call step(grads, state, params), or where "
+            "the two phases of optax are expected, as in optax.chain, Flax or Equinox, hand over fused(...).as_optax()"
+        )
+
+    def as_optax(self) -> Any:
+        """The same steps in the two phases of optax: for its wrappers, Flax's TrainState and nnx.Optimizer, Equinox.
+
+        Costs a tree of updates, and the passes over memory that make and apply it. In a chain it goes last: averages
+        are those of the parameters as it leaves them.
+
+        Returns:
+            An `optax.GradientTransformationExtraArgs` with the state of `fused`. The updates have the parameters'
+            dtypes. `optax.apply_updates` gives the parameters that `step` gives: exactly, where one keeps its sign and
+            at most doubles or halves, else within a unit in the last place of the larger of old and new.
+            ``learning_rate`` and ``loss_scale`` are extra arguments of ``update``.
+
+        Example:
+            >>> import jax.numpy as jnp, optax
+            >>> params = {"w": jnp.ones(2)}
+            >>> optimizer = optax.chain(optax.zero_nans(), fused(0.5).as_optax())
+            >>> updates, _ = optimizer.update({"w": jnp.full(2, 3.0)}, optimizer.init(params), params)
+            >>> [round(float(x), 4) for x in optax.apply_updates(params, updates)["w"]]
+            [0.2632, 0.2632]
+        """
+        return two_phases(self.init, self.step)
+
+
+def fused(
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    momentum_decay: float | None = None,
+    weight_decay: float | None = None,
+    mask: Any = None,
+    clipnorm: float | None = None,
+    clipvalue: float | None = None,
+    global_clipnorm: float | None = None,
+    use_ema: bool = False,
+    ema_momentum: float = 0.99,
+    ema_overwrite_frequency: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    skip_nonfinite: bool = False,
+) -> Fused:
+    """Nadam as one function ``(grads, state, params) -> (params, state)``, from the loss scale to the moving average.
+
+    On a single CPU a compiled call is one pass over memory, by the kernel that the other hosts have; elsewhere XLA
+    makes loops. Arithmetic, moments and averages are float32, float64 for float64 parameters.
+
+    Args:
+        learning_rate: A number >= 0, or a schedule: a function of the number of calls so far, or of nothing.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added outside the square root, >= 0.
+        momentum_decay: How fast the momentum warms up, >= 0: 0.004 is PyTorch's, 1 is Keras's; None or infinity, not at
+            all, is optax's.
+        weight_decay: learning_rate * weight_decay of each parameter goes at each update, >= 0; None for none.
+        mask: Which parameters decay: a tree of bools like the parameters or a prefix of it, or a function that gives
+            one; None for all.
+        clipnorm: Largest norm of each gradient, > 0. At most one of the three clips is set.
+        clipvalue: Largest magnitude of each element of a gradient, > 0.
+        global_clipnorm: Largest norm of all gradients together, > 0.
+        use_ema: Whether to keep a moving average of the parameters.
+        ema_momentum: Share of the old average that is kept, in [0, 1].
+        ema_overwrite_frequency: Every so many updates the parameters take their averages; None for never.
+        gradient_accumulation_steps: An update every so many calls, with the mean of the gradients; at least 2, or None.
+        skip_nonfinite: Whether a call whose gradients hold NaN, infinity or a value whose square overflows changes
+            nothing but the number of skipped calls.
+
+    Returns:
+        Its functions.
+
+    Raises:
+        ValueError: A number out of its range, or two clips; it is named, with what is allowed. A learning rate or loss
+            scale that is only computed within a compiled step makes all parameters NaN instead. At a step: trees
+            or shapes that do not belong together.
+        TypeError: A value that is not a number; parameters that are not real floating-point numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> optimizer = fused(0.5, global_clipnorm=1.0)
+        >>> params = {"w": jnp.ones(2)}
+        >>> state = optimizer.init(params)
+        >>> params, state = optimizer.step({"w": jnp.full(2, 3.0)}, state, params)
+        >>> round(float(state.last_step.grad_norm), 3), [round(float(x), 4) for x in params["w"]]
+        (4.243, [0.2632, 0.2632])
+
+    Reference:
+        Dozat (2016), Incorporating Nesterov Momentum into Adam.
+    """
+    h = Hyperparameters(
+        lr=learning_rate,
+        beta1=b1,
+        beta2=b2,
+        eps=eps,
+        momentum_decay=float("inf") if momentum_decay is None else momentum_decay,
+        weight_decay=weight_decay,
+        clipnorm=clipnorm,
+        clipvalue=clipvalue,
+        global_clipnorm=global_clipnorm,
+        use_ema=bool(use_ema),
+        ema_momentum=ema_momentum,
+        ema_overwrite_frequency=ema_overwrite_frequency,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        skip_nonfinite=bool(skip_nonfinite),
+        spelling=SPELLING,
+    )
+    for name, value in (("b1", b1), ("b2", b2)):
+        if callable(value):
+            raise TypeError(f"{name}={value!r}: expected a number")
+    programs: dict[tuple[bool, ...], Callable[..., Any]] = {}
+
+    def step(
+        grads: Any, state: FusedState, params: Any, *, learning_rate: Any = None, loss_scale: Any = None
+    ) -> tuple[Any, FusedState]:
+        leaves, treedef = jax.tree.flatten(params)
+        if sum(map(jnp.size, leaves)) >= WORTH_A_WARNING and is_traced(leaves) and _is_called_by_jax(sys._getframe(1)):
+            warn_of_order()
+        check_trainable(params)
+        check_state(h, state)
+        given = alike("grads", grads, "params", treedef, leaves)
+        check_gradients("grads", given)
+        columns = [
+            alike(f"state.{name}", tree, "params", treedef, leaves) if tree is not None else [None] * len(leaves)
+            for name, tree in zip(("mu", "nu", "ema", "accumulator"), like_params(state), strict=True)
+        ]
+        if learning_rate is None:
+            learning_rate = current(h.lr, state.count)
+        rate = number("learning_rate", learning_rate)
+        inv_scale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
+        decays = tuple(chosen(mask, params, treedef))
+        program = programs.get(decays)
+        if program is None:
+            program = programs[decays] = _program(h, [ParamInfo(each, None) for each in decays])
+        tensors = [Tensor(*fields) for fields in zip(leaves, *columns, strict=True)]
+        before = Progress(state.count, state.mu_product, tensors)
+        after, beyond, seen = program(before, state.beyond, state.last_step, given, rate, inv_scale)
+        new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
+        kept = [None if old is None else tree for old, tree in zip(like_params(state), new[1:], strict=True)]
+        mu, nu, ema, accumulator = kept
+        return new[0], FusedState(after.calls, mu, nu, after.product, ema, accumulator, seen, beyond)
+
+    def init(params: Any) -> FusedState:
+        return new_state(h, params)
+
+    def finalize(state: FusedState, params: Any) -> Any:
+        if state.ema is None:
+            raise RuntimeError("use_ema=False: there is no moving average")
+        return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
+
+    return Fused(init, step, finalize)
+
+
+def _is_called_by_jax(frame: Any) -> bool:
+    """Whether `step` itself is what is compiled, and not a function that calls it."""
+    return str(frame.f_globals.get("__name__", "")).startswith("jax.")
+
+
+@cache
+def warn_of_order() -> None:
+    """That JAX pairs donated arrays with results in their order, which for `step` itself is not the same."""
+    warnings.warn(
+        "jax.jit(fused(...).step): where arguments are donated, XLA copies the state. Compile a function that takes "
+        "params and state in the order in which it returns them: lambda params, state, g: step(g, state, params)",
+        stacklevel=3,
+    )
+
+
+def _period(h: Hyperparameters) -> int:
+    """The calls after which accumulation and overwriting are where they were."""
+    steps = h.gradient_accumulation_steps or 1
+    whole = steps * (h.ema_overwrite_frequency or 1)
+    # Half of all that can be counted stays, for the bias corrections; what is overwritten that rarely is no longer.
+    return whole if whole <= LAST_COUNT // 2 else steps
+
+
+def _program(h: Hyperparameters, infos: list[ParamInfo]) -> Callable[..., Any]:
+    """The call, by the kernels where they can be used; under vmap and grad by loops, which JAX can transform."""
+    steps, period = h.gradient_accumulation_steps or 1, _period(h)
+
+    def computed(kernels: bool, in_place: bool = True) -> Callable[..., Any]:
+        def program(before: Progress, beyond: Any, last: StepReport, grads: Any, rate: Any, inv_scale: Any) -> Any:
+            inv_scale, count = XP.cast(inv_scale, dtype_of(before.product).name), before.calls
+            stays = count == LAST_COUNT
+            before = before._replace(calls=jnp.where(stays, LAST_COUNT - period + beyond, count))
+            after, (norm, factor, skipped) = call(
+                h, infos, kernels, before, grads, Now(rate, h.beta1, h.beta2), inv_scale, in_place
+            )
+            tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
+            count += jnp.where(stays | skipped, 0, 1)
+            beyond = (beyond + jnp.where(stays & ~jnp.asarray(skipped), 1, 0)) % period
+            seen = StepReport(
+                step=count // steps,
+                learning_rate=XP.cast(rate, dtype_of(last.learning_rate).name),
+                grad_norm=norm,
+                clip_factor=factor,
+                skipped_steps=last.skipped_steps + jnp.where(skipped, 1, 0),
+                skipped=jnp.asarray(skipped),
+            )
+            return after._replace(calls=count, tensors=tensors), beyond, seen
+
+        return program
+
+    loops, differentiable = computed(kernels=False), computed(kernels=False, in_place=False)
+    batched = custom_vmap(lambda *given: computed(ffi.usable())(*given))
+
+    def by_loops(size: int, in_batched: Any, *given: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+        made = jax.vmap(loops, in_axes=tuple(axes), axis_size=size)(*given)
+        return made, jax.tree.map(lambda _: True, made)
+
+    batched.def_vmap(by_loops)
+    whole = jax.custom_jvp(lambda *given: batched(*given))
+    whole.defjvp(lambda primals, tangents: jax.jvp(differentiable, primals, tangents))
+    return jax.jit(whole)  # type: ignore[no-any-return]
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new values with the types of the old ones, so that a second call is the same program."""
+    return Tensor._make(
+        None if value is None else as_type(value, dtype_of(like), is_weak(like))
+        for like, value in zip(old, new, strict=True)
+    )

@@ -1,0 +1,88 @@
+"""One call as a pure function, which XLA compiles: for `fused`, and for Keras on JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from nadam.core import traced
+from nadam.core.hyperparameters import Hyperparameters, Now
+from nadam.kernels.xla import ffi
+
+Array = Any
+
+
+class Library:
+    """jax.numpy by the names of keras.ops, which `core.traced` uses."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    def cast(self, value: Any, dtype: str) -> Array:
+        """A value in a dtype."""
+        return jnp.asarray(value).astype(dtype)
+
+    def convert_to_tensor(self, value: Any, dtype: str) -> Array:
+        """A number as an array."""
+        return jnp.asarray(value, dtype)
+
+    cond = staticmethod(lax.cond)
+
+
+XP = Library()
+
+
+def call(
+    h: Hyperparameters,
+    infos: Sequence[traced.ParamInfo],
+    kernels: bool,
+    before: traced.Progress,
+    grads: Sequence[Array | None],
+    now: Now,
+    inv_scale: Any,
+    in_place: bool = True,
+) -> tuple[traced.Progress, traced.Measured]:
+    """`core.traced.call`; with ``kernels`` by the CPU's passes as foreign functions, else by XLA's own loops.
+
+    What a call does is chosen ``in_place`` by loops of one round or none, which XLA lets work in place; a conditional
+    would copy all that it passes on, but can be differentiated backwards.
+    """
+    means = traced.Means(_once if in_place else _conditional, lax.optimization_barrier, cleared=_cleared)
+    if kernels:
+        means = means._replace(one_pass=ffi.one_pass, measure=ffi.measure)
+    return traced.call(XP, h, infos, means, before, grads, now, inv_scale)
+
+
+def _conditional(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:
+    if condition is True:
+        return function(carry, True)
+    return lax.cond(condition, lambda inner: function(inner, condition), lambda inner: inner, carry)
+
+
+def _once(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:
+    if condition is True:
+        return function(carry, True)
+
+    def body(state: Any) -> Any:
+        running, inner = state
+        return jnp.zeros_like(running), function(inner, running)
+
+    return lax.while_loop(lambda state: state[0], body, (condition, carry))[1]
+
+
+def _cleared(tensor: traced.Tensor, running: Any) -> traced.Tensor:
+    """With its accumulator at zero: written in place, after all that reads it, since it depends on what they give.
+
+    A plain constant would be written first, and XLA would keep a copy of the accumulator for the others.
+    """
+    done = tensor.exp_avg + tensor.exp_avg_sq + tensor.param.astype(tensor.exp_avg.dtype)
+    return tensor._replace(accumulator=jnp.where(running, jnp.zeros_like(done), done))
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether something in a tree is not known before the program is compiled."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""The passes on the CPU, compiled by Numba, and the machine code of them."""

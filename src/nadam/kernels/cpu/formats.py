@@ -1,0 +1,167 @@
+"""Number formats in memory, for Numba: how each is widened on load and rounded on store.
+
+The rule computes in float32, or in float64 for float64 parameters; half precision is 16 bits in memory and nothing
+else. The conversions are integer arithmetic, so they need no instruction that an older processor lacks.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import float32, float64, njit, types, uint16, uint32
+from numba.extending import intrinsic
+
+from nadam.core.dtypes import SPLIT
+
+_SMALLEST_NORMAL_HALF = 2.0**-14
+
+
+@intrinsic
+def float_from_bits(typing: Any, bits: Any) -> Any:
+    """The float32 that has these 32 bits."""
+    return types.float32(types.uint32), lambda context, b, sig, args: b.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of_float(typing: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+    return types.uint32(types.float32), lambda context, b, sig, args: b.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def choose(typing: Any, condition: Any, this: Any, that: Any) -> Any:
+    """``this if condition else that`` on 32 bits, without a branch: a branch would keep the loop from vectorizing."""
+    bits = types.uint32
+    return bits(types.boolean, bits, bits), lambda context, b, sig, args: b.select(
+        context.cast(b, args[0], types.boolean, types.boolean), args[1], args[2]
+    )
+
+
+# Numba makes the sum of two uint32 a uint64, hence a uint32() around each step below.
+
+
+@njit(inline="always")
+def to_nearest_even(bits, dropped):
+    """An integer whose upper bits are right once the ``dropped`` lower ones go."""
+    last = uint32(uint32(bits >> uint32(dropped)) & uint32(1))
+    return uint32(uint32(bits + last) + uint32((1 << (dropped - 1)) - 1))
+
+
+@njit(inline="always")
+def widen_bfloat16(bits):
+    """bfloat16 bits -> float32, exact: they are its upper half."""
+    return float_from_bits(uint32(uint32(bits) << uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16(value):
+    """float32 -> bfloat16 bits, to nearest even; a NaN is not rounded (it would carry over) but made quiet."""
+    bits = bits_of_float(value)
+    quiet = uint32(bits | uint32(0x00400000))
+    return uint16(uint32(choose(value != value, quiet, to_nearest_even(bits, 16)) >> uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16_plain(value):
+    """As `narrow_bfloat16`, in three operations less, where a NaN ends in 16 zeros: then it does not carry over."""
+    return uint16(uint32(to_nearest_even(bits_of_float(value), 16) >> uint32(16)))
+
+
+@njit(inline="always")
+def hash32(index, key):
+    """32 bits for an element of a tensor that look like chance, from its index and a key of this tensor and step.
+
+    A finalizer of the kind of murmur3's, with the constants that Wellons found (lowbias32).
+    """
+    x = uint32(uint32(index) * uint32(0x9E3779B9)) ^ uint32(key)
+    x = uint32(uint32(x ^ uint32(x >> uint32(16))) * uint32(0x7FEB352D))
+    x = uint32(uint32(x ^ uint32(x >> uint32(15))) * uint32(0x846CA68B))
+    return uint32(x ^ uint32(x >> uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16_stochastic(value, bits32):
+    """float32 -> bfloat16 bits: up or down, the likelier the nearer, so that the mean of many is the number itself."""
+    bits = bits_of_float(value)
+    rounded = uint32(bits + uint32(bits32 >> uint32(16)))
+    quiet = uint32(bits | uint32(0x00400000))
+    finite = uint32(bits & uint32(0x7F800000)) != uint32(0x7F800000)
+    return uint16(uint32(choose(finite, rounded, choose(value != value, quiet, bits)) >> uint32(16)))
+
+
+@njit(inline="always")
+def narrow_bfloat16_split(value):
+    """float32 -> bfloat16 bits, to nearest, halves away from zero: what is missing then fits into 16 signed bits."""
+    bits = bits_of_float(value)
+    rounded = uint32(bits + uint32(0x8000))
+    return uint16(uint32(choose(value != value, uint32(0x7FC00000), rounded) >> uint32(16)))
+
+
+@njit(inline="always")
+def rest_of_bfloat16(value, half):
+    """The 16 bits by which `join_bfloat16` gets the float32 back from its bfloat16."""
+    return uint16(uint32(choose(value != value, uint32(0), bits_of_float(value)) & uint32(0xFFFF)))
+
+
+@njit(inline="always")
+def join_bfloat16(half, rest):
+    """The float32 that was split: half a unit of the bfloat16 or more in the rest means that it was rounded up."""
+    upper = uint32(uint32(half) << uint32(16))
+    carried = uint32(uint32(rest) >> uint32(15))
+    return float_from_bits(uint32(uint32(upper - uint32(carried << uint32(16))) | uint32(rest)))
+
+
+@njit(inline="always")
+def widen_float16(bits):
+    """IEEE half bits -> float32, exact; also where the processor takes subnormal numbers for zero, as within XLA."""
+    magnitude = uint32(uint32(uint32(bits) & uint32(0x7FFF)) << uint32(13))
+    normal = uint32(magnitude + uint32(0x38000000))
+    subnormal = bits_of_float(float_from_bits(uint32(magnitude + uint32(0x38800000))) - float32(_SMALLEST_NORMAL_HALF))
+    finite = choose(magnitude < uint32(0x00800000), subnormal, normal)
+    special = uint32(magnitude | uint32(0x7F800000))
+    sign = uint32(uint32(uint32(bits) & uint32(0x8000)) << uint32(16))
+    return float_from_bits(uint32(choose(magnitude >= uint32(0x0F800000), special, finite) | sign))
+
+
+@njit(inline="always")
+def narrow_float16(value):
+    """float32 -> IEEE half bits, to nearest even; subnormal halves by adding 0.5, whose last bit is theirs."""
+    bits = bits_of_float(value)
+    magnitude = uint32(bits & uint32(0x7FFFFFFF))
+    normal = uint32(to_nearest_even(uint32(magnitude - uint32(0x38000000)), 13) >> uint32(13))
+    subnormal = uint32(bits_of_float(float_from_bits(magnitude) + float32(0.5)) - uint32(0x3F000000))
+    finite = choose(magnitude < uint32(0x38800000), subnormal, normal)
+    special = choose(magnitude > uint32(0x7F800000), uint32(0x7E00), uint32(0x7C00))
+    half = choose(magnitude >= uint32(0x477FF000), special, finite)
+    return uint16(uint32(half | uint32(uint32(bits & uint32(0x80000000)) >> uint32(16))))
+
+
+@njit(inline="always")
+def to_float32(value):
+    """Any number -> float32."""
+    return float32(value)
+
+
+@njit(inline="always")
+def to_float64(value):
+    """Any number -> float64."""
+    return float64(value)
+
+
+class Format(NamedTuple):
+    """How a number format lies in memory and becomes the compute dtype."""
+
+    storage: Any  # Numba type of one element in memory
+    width: int  # bytes
+    widen: Callable[..., Any]
+    narrow: Callable[..., Any]
+
+
+FORMATS = {
+    "float16": Format(types.uint16, 2, widen_float16, narrow_float16),
+    "bfloat16": Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
+    SPLIT: Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16_split),
+    "float32": Format(types.float32, 4, to_float32, to_float32),
+    "float64": Format(types.float64, 8, to_float64, to_float64),
+}
+CASTS = {"float32": to_float32, "float64": to_float64}

@@ -1,0 +1,219 @@
+"""The passes over memory on the CPU, compiled by Numba from the rule.
+
+Each kernel takes a whole group of tensors at once (group.py) and works through its chunks: it draws the next one from a
+counter that all threads share, so that a slow thread never holds up a fast one, and comes back to Python after
+``budget`` chunks, so that a signal is answered. `measure` only reads the gradients, `accumulate` adds them up, and
+`one_pass` does everything else. Only machine_code.py calls these, and only where the machine code is not on disk.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from numba import float64, int64, njit, uint16, uint32
+
+from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT
+from nadam.core.rebind import bind_element, rebind
+from nadam.core.scalars import Scalars, where
+from nadam.kernels import layout as at
+from nadam.kernels.cpu.formats import (
+    CASTS,
+    FORMATS,
+    hash32,
+    join_bfloat16,
+    narrow_bfloat16_plain,
+    narrow_bfloat16_stochastic,
+    rest_of_bfloat16,
+    widen_bfloat16,
+)
+from nadam.kernels.cpu.memory import PIECE, access, doubles, fetch_add, fields_of, integers, pointer_to
+
+# Fused multiply-add and a shared reciprocal, nothing that assumes away NaN or infinity.
+KEEP_NAN = {"contract", "nsz", "arcp"}
+# A chunk that is copied out and back takes up to so many times as long; the budget is one of time.
+COST_OF_STRIDED = 16
+# Sums of squares may be taken in any order within a chunk: that order is the compiler's, the same on every run.
+ANY_ORDER = {"contract", "nsz", "reassoc"}
+
+
+halves, keys = pointer_to(uint16), pointer_to(uint32)
+
+
+@njit(inline="always")
+def minimum(value, bound):
+    """The smaller one; a NaN value stays."""
+    return bound if bound < value else value
+
+
+@njit(inline="always")
+def maximum(value, bound):
+    """The larger one; a NaN value stays."""
+    return bound if bound > value else value
+
+
+def compiled(function: Callable[..., Any], **names: Any) -> Any:
+    """A function of the core for the loops here."""
+    return njit(rebind(function, **names), inline="always", fastmath=KEEP_NAN)
+
+
+def shared(body: Callable[..., Any]) -> Any:
+    """The kernel around a body that does part of a chunk: draws chunks until none is left, or ``budget`` of them.
+
+    The thread that draws the first chunk writes the counters after the step over the current ones, and the first chunk
+    of a tensor that tensor's own: whatever interrupts the step, they tell what has moved. A chunk is done at once where
+    its tensors are dense, else in pieces.
+    """
+
+    @njit(error_model="numpy", _nrt=False)
+    def kernel(block, budget):
+        b = integers(block)
+        control = integers(b[at.CONTROL])
+        while budget > 0:
+            ticket = fetch_add(b[at.CONTROL] + 8 * at.TICKET)
+            if ticket >= b[at.NUM_CHUNKS] or control[at.STOP]:
+                return
+            counters, after = doubles(b[at.COUNTERS]), doubles(b[at.NEXT_COUNTERS])
+            own, shown = b[at.NUM_COUNTERS] - 3 * b[at.SHOWN], b[at.SHOWN]
+            if ticket == 0:
+                for k in range(own):
+                    counters[k] = after[k]
+            chunk = integers(b[at.CHUNKS] + 8 * at.CHUNK_COLUMNS * ticket)
+            row = integers(b[at.ROWS] + 8 * at.COLUMNS * chunk[at.TENSOR])
+            if shown > 0 and chunk[at.START] == 0:
+                for k in range(own + row[at.MEMBER], b[at.NUM_COUNTERS], shown):
+                    counters[k] = after[k]
+            param_layout, grad_layout = integers(row[at.PARAM_LAYOUT]), integers(row[at.GRAD_LAYOUT])
+            dense = param_layout[0] < 0 and grad_layout[0] < 0
+            budget -= 1 if dense else COST_OF_STRIDED
+            done = int64(0)
+            while done < chunk[at.COUNT]:
+                count = chunk[at.COUNT] - done if dense else min(chunk[at.COUNT] - done, PIECE)
+                body(ticket, chunk[at.TENSOR], row, param_layout, grad_layout, chunk[at.START] + done, count, b)
+                done += count
+
+    return kernel
+
+
+def one_pass(
+    param_format: str,
+    grad_format: str,
+    accumulated: bool,
+    limited: bool,
+    penalized: bool,
+    averaged: bool,
+    rounded: bool = False,
+) -> Any:
+    """The kernel that updates parameters, moments and average in one pass over memory.
+
+    Moments, accumulator and average have the compute dtype of ``param_format``; with ``rounded`` the first moment is
+    kept in bfloat16, rounded stochastically. The flags are `element.Flags`.
+    """
+    compute, split = COMPUTE_DTYPE[param_format], param_format == SPLIT
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    widen, narrow = FORMATS[param_format].widen, FORMATS[param_format].narrow
+    if param_format == grad_format == "bfloat16":
+        # Every NaN there can be is then a widened bfloat16's or the processor's own, and those end in zeros.
+        narrow = narrow_bfloat16_plain
+    param_scratch, open_param, close_param = access(param_format)
+    grad_scratch, open_grad, _ = access(grad_format)
+    values, scalars = pointer_to(FORMATS[compute].storage), fields_of(Scalars, FORMATS[compute].storage)
+    width = FORMATS[compute].width
+    whole = njit(inline="always")(lambda param: param)
+    read_back = njit(inline="always")(lambda param: widen(narrow(param)))
+    stored_as = read_back if averaged and param_format in ("float16", "bfloat16") else whole
+    names = bind_element(compiled, sqrt=math.sqrt, minimum=minimum, maximum=maximum, where=compiled(where))
+    element = names["element"](stored_as)
+
+    @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
+    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key):
+        for i in range(n):
+            grad = to_compute(widen_grad(g[i]))
+            param = join_bfloat16(p[i], r[i]) if split else widen(p[i])
+            old = widen_bfloat16(m[i]) if rounded else m[i]
+            ema, total = e[i] if averaged else grad, a[i] if accumulated else grad
+            param, first, second, ema = element(
+                param, grad, old, v[i], ema, total, factor, decay, s, accumulated, limited, penalized, averaged
+            )
+            stored = narrow(param)
+            if split:
+                r[i] = rest_of_bfloat16(param, stored)
+            p[i], v[i] = stored, second
+            m[i] = narrow_bfloat16_stochastic(first, hash32(start + i, key)) if rounded else first
+            if averaged:
+                e[i] = ema
+            if accumulated:
+                a[i] = to_compute(0.0)
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
+        p = open_param(row[at.PARAM], param_layout, start, count, param_scratch())
+        r = halves(row[at.REMAINDER] + start * 2)
+        g = open_grad(row[at.GRAD], grad_layout, start, count, grad_scratch())
+        m = halves(row[at.EXP_AVG] + start * 2) if rounded else values(row[at.EXP_AVG] + start * width)
+        v = values(row[at.EXP_AVG_SQ] + start * width)
+        e, a = values(row[at.EMA] + start * width), values(row[at.ACCUMULATOR] + start * width)
+        factor, decay = values(b[at.EXTRA])[tensor], values(b[at.EXTRA + 1])[tensor]
+        key = keys(b[at.EXTRA + 3])[tensor] if rounded else uint32(0)
+        elements(p, r, g, m, v, e, a, count, scalars(b[at.EXTRA + 2]), factor, decay, start, key)
+        close_param(p, row[at.PARAM], param_layout, start, count)
+
+    return shared(body)
+
+
+def accumulate(grad_format: str, compute: str) -> Any:
+    """The kernel that adds unscaled gradients to the accumulators."""
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    grad_scratch, open_grad, _ = access(grad_format)
+    values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
+
+    @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
+    def elements(g, a, n, inv_scale):
+        for i in range(n):
+            a[i] += to_compute(widen_grad(g[i])) * inv_scale
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
+        g = open_grad(row[at.GRAD], grad_layout, start, count, grad_scratch())
+        elements(g, values(row[at.ACCUMULATOR] + start * width), count, values(b[at.EXTRA])[0])
+
+    return shared(body)
+
+
+def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) -> Any:
+    """The kernel that reads the gradients once: the sum of squares of each chunk.
+
+    The sums are float64, so the squares of float32 and half gradients cannot overflow.
+    """
+    widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
+    grad_scratch, open_grad, _ = access(grad_format)
+    values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
+
+    @njit(error_model="numpy", fastmath=ANY_ORDER, _nrt=False)
+    def elements(g, a, n, inv_scale, largest, scale):
+        total, outside = 0.0, 0
+        for begin in range(0, n, PIECE):  # the order of the sum is then the same whether the tensor is dense or not
+            subtotal = 0.0
+            for i in range(begin, min(begin + PIECE, n)):
+                grad = to_compute(widen_grad(g[i]))
+                if accumulated or counted:
+                    grad = grad * inv_scale
+                if counted:
+                    outside += not (abs(grad) <= largest)
+                if accumulated:
+                    grad += a[i]
+                value = float64(grad)
+                if counted:
+                    value *= scale
+                subtotal += value * value
+            total += subtotal
+        return total, outside
+
+    @njit(error_model="numpy", _nrt=False)
+    def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
+        g = open_grad(row[at.GRAD], grad_layout, start, count, grad_scratch())
+        a, s = values(row[at.ACCUMULATOR] + start * width), values(b[at.EXTRA])
+        total, outside = elements(g, a, count, s[0], s[1], doubles(b[at.EXTRA + 1])[0])
+        doubles(b[at.EXTRA + 2])[ticket] += total
+        integers(b[at.EXTRA + 3])[ticket] += outside
+
+    return shared(body)

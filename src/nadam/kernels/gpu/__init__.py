@@ -1,0 +1,1 @@
+"""The passes on a GPU, compiled by Triton."""

@@ -1,0 +1,1 @@
+"""The CPU's passes inside XLA's compiled programs."""

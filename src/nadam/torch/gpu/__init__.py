@@ -1,0 +1,1 @@
+"""Steps whose parameters are all on GPUs."""

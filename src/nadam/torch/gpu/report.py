@@ -1,0 +1,53 @@
+"""What a step on GPUs did, once somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nadam.core.step import StepReport
+from nadam.kernels.gpu.passes import SKIP, UPDATE
+
+
+class DeviceReport:
+    """What a step on a GPU did, as of `StepReport`; whoever looks waits for the device.
+
+    Of a step in a CUDA graph it tells what the last replay did.
+    """
+
+    def __init__(self, values: Sequence[Tensor], measured: bool, clipped: bool, skipped: int = 0) -> None:
+        self._values, self._measured, self._clipped, self._skipped = values, measured, clipped, skipped
+
+    def and_of(self, others: Sequence[DeviceReport]) -> DeviceReport:
+        """One of this device and others, of the same step."""
+        values = [value for report in (self, *others) for value in report._values]
+        return DeviceReport(values, self._measured, self._clipped, self._skipped)
+
+    def read(self) -> StepReport:
+        """The report as it is now."""
+        rows = [row for values in self._values for row in values.tolist()]
+        mode, step, lr, norm, _, skipped = rows[0]
+        factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others
+        updated = mode == UPDATE
+        return StepReport(
+            step=int(step),
+            learning_rate=lr,
+            grad_norm=norm if self._measured and updated else None,
+            clip_factor=factor if self._clipped and updated else None,
+            skipped_steps=self._skipped + int(skipped),
+            skipped=mode == SKIP,
+        )
+
+    def numbers(self) -> Tensor:
+        """Norm, clip factor and skipped calls, on the (first) device."""
+        return self._values[0][0, 3:6]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.read(), name)
+
+    def __repr__(self) -> str:
+        return repr(self.read())

@@ -1,0 +1,244 @@
+"""Tensors on one GPU in the tables of its kernels: addresses, chunks, and what of them has to be launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nadam.core.dtypes import SPLIT
+from nadam.kernels import layout as at
+from nadam.kernels.cpu.pointers import Pointers
+from nadam.kernels.gpu.passes import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
+from nadam.kernels.strides import address, bounds, overlapping
+from nadam.torch.memory import FORMATS, Methods, check_apart, footprint, lie, watching
+
+Array = NDArray[Any]
+State = dict[str, Any]
+COLUMNS = {
+    "exp_avg": at.EXP_AVG,
+    "exp_avg_sq": at.EXP_AVG_SQ,
+    "ema": at.EMA,
+    "grad_accumulator": at.ACCUMULATOR,
+    "remainder": at.REMAINDER,
+}
+MEMORY = [at.PARAM, at.GRAD, *COLUMNS.values()]
+# Tables can be uploaded so many times while CUDA graphs are being captured; each of these copies stays in its graph.
+CAPTURES = 4
+ABSENT = 0  # the address of a gradient that is missing
+PRESENT = 16  # and of one without elements, which has none
+
+
+class Kind(NamedTuple):
+    """Tensors of the same number formats: one launch of each kernel."""
+
+    param_format: str
+    grad_format: str
+    rounded: bool
+    first: int  # of its chunks
+    programs: int
+    chunks: Tensor
+
+    @property
+    def block(self) -> int:
+        """Elements at once: 16 bytes of the widest format for each thread, or twice that.
+
+        More of a narrow format would have the compiler deal the elements of narrow and wide ones to different threads.
+        """
+        return 1024 if self.param_format == self.grad_format == "float32" and not self.rounded else 512
+
+
+class Tables:
+    """Parameters of a bucket, their state and the gradients of a call.
+
+    Attributes:
+        rows: On the device, int64: a row per tensor, sorted by formats.
+        chunks: On the device, int64: a row per chunk.
+        ends: On the device, int64: where the chunks of each tensor begin, and the last one's end.
+        kinds: Tensors of the same formats, which are launched together.
+        order: Whose rows they are, in their order.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        grads: Sequence[Tensor | None],
+        decays: Sequence[bool] | None = None,
+        written: Sequence[Array] | None = None,
+    ) -> None:
+        self.params, self.states = list(params), list(states)
+        self.device = params[0].device
+        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            if grad is not None and grad.shape != param.shape:
+                raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
+        kept = [[state.get(name) for name in COLUMNS] for state in self.states]
+        if written is None:
+            named = [(f"params[{i}]", t) for i, p in enumerate(params) for t in (p, *kept[i]) if t is not None]
+            written = check_apart(named, [])
+        self._written = written
+        ranges = sorted(bounds(array) for array in written if array.size)
+        self._lows = np.array([low for low, _ in ranges], np.int64)
+        self._highs = np.maximum.accumulate(np.array([high for _, high in ranges], np.int64))
+        formats = [
+            _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
+        ]
+        kinds = sorted(set(formats))
+        self.order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
+        self._formats = formats
+        self._host = np.zeros((len(params), at.COLUMNS), np.int64)
+        for row, i in zip(self._host, self.order, strict=True):
+            row[at.PARAM] = self.params[i].data_ptr()
+            for name, column in COLUMNS.items():
+                row[column] = self.states[i][name].data_ptr() if self.states[i].get(name) is not None else 0
+            row[KEY] = i
+            row[FLAGS] = 0 if decays is None or decays[i] else EXCLUDED
+        chunks = at.cut_into_chunks([self.params[i].numel() for i in self.order], CHUNK)
+        ends = np.searchsorted(chunks[:, at.TENSOR], np.arange(len(params) + 1))
+        self.count, self.chunk_count = len(params), len(chunks)
+        self.chunks, self.ends = self._on_device(chunks), self._on_device(ends.astype(np.int64))
+        self.kinds = []
+        for kind in kinds:
+            own = [place for place, i in enumerate(self.order) if formats[i] == kind]
+            first, last = int(ends[own[0]]), int(ends[own[-1] + 1])
+            if last > first:
+                self.kinds.append(Kind(*kind, first, last - first, self.chunks[first:last]))
+        self.rows = torch.zeros((self.count, at.COLUMNS), dtype=torch.int64, device=self.device)
+        self._uploaded = np.full(self.count, -1, np.int64)  # where gradients lie in the device's table
+        places = np.argsort(self.order)
+        self._cells = address(self._host) + 8 * at.COLUMNS * places  # of each parameter's row
+        self._fixed = [t for param, own in zip(params, kept, strict=True) for t in (param, *own) if t is not None]
+        self._lie = list(map(lie, self._fixed))
+        self._reserve: list[Tensor] = []  # pinned, for uploads while a graph is being captured
+        self._captured: list[Tensor] = []  # which those graphs copy from
+        self._watch: Pointers | Methods | None = None
+        self._copies: list[Tensor] = []
+        self._take(grads)
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether gradients, as they are, have the formats that this was made for.
+
+        If so, their addresses are in the table now. While they lie where those of the last call did, nothing is
+        uploaded.
+        """
+        if len(grads) != self.count:
+            return False
+        if self.fits_at_once(grads):
+            return True
+        if list(map(lie, self._fixed)) != self._lie:
+            return False
+        for grad, param, (_, grad_format, _) in zip(grads, self.params, self._formats, strict=True):
+            if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != param.shape):
+                return False
+        self._take(grads)
+        return True
+
+    def fits_at_once(self, grads: Sequence[Tensor | None]) -> bool:
+        """The same, asked of all tensors at once; False also where that is not enough to know."""
+        if self._watch is None or not self._watch.fits(grads if type(grads) is list else list(grads)):
+            return False
+        self._copies = []
+        self._upload()
+        return True
+
+    def _take(self, grads: Sequence[Tensor | None]) -> None:
+        """Put the addresses of gradients into the table, or of copies in their parameters' order of dimensions."""
+        dense = [
+            grad if grad is None or in_step(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            for grad, param in zip(grads, self.params, strict=True)
+        ]
+        self._copies = [one for one, other in zip(dense, grads, strict=True) if one is not None and one is not other]
+        pointers = [ABSENT if grad is None else grad.data_ptr() or PRESENT for grad in dense]
+        self._check_apart(pointers, dense)
+        self._host[:, at.GRAD] = np.array(pointers, np.int64)[self.order]
+        self._upload()
+        present = [grad for grad in grads if grad is not None]
+        if self._watch is None and not self._copies and len(present) == self.count:
+            cells = (int(cell) + 8 * at.GRAD for cell in self._cells)
+            self._watch = watching(self._fixed, list(zip(present, cells, strict=True)), self._written)
+
+    def _check_apart(self, pointers: list[int], grads: Sequence[Tensor | None]) -> None:
+        begins = np.array(pointers, np.int64)
+        ends = begins + [0 if grad is None else grad.nbytes for grad in grads]
+        last = np.searchsorted(self._lows, ends) - 1
+        shared = (last >= 0) & (ends > begins)
+        shared[shared] = self._highs[last[shared]] > begins[shared]
+        near = np.flatnonzero(shared).tolist()
+        found = overlapping(self._written, [footprint(grads[i]) for i in near]) if near else None
+        if found is not None:
+            i = near[found[1] - len(self._written)]
+            raise ValueError(f"grads[{i}]: it shares memory with a variable or the optimizer's state")
+
+    def _upload(self) -> None:
+        """Bring the table to the device, if it is another one than there."""
+        rows = self._host
+        if (rows[:, at.GRAD] == self._uploaded).all():
+            return
+        aligned = (rows[:, MEMORY] % 16 == 0).all(axis=1)
+        rows[:, FLAGS] = rows[:, FLAGS] & ~ALIGNED | np.where(aligned, ALIGNED, 0)
+        self._bring()
+        self._uploaded = rows[:, at.GRAD].copy()
+
+    def _bring(self) -> None:
+        if self.device.type != "cuda":
+            self.rows.copy_(torch.from_numpy(self._host))
+        elif torch.cuda.is_current_stream_capturing():
+            if not self._reserve:
+                raise RuntimeError("step: capture a CUDA graph only after a step outside of one, with fewer captures")
+            staging = self._reserve.pop()
+            self._captured.append(staging)
+            staging.numpy()[:] = self._host
+            self.rows.copy_(staging, non_blocking=True)
+        else:
+            # PyTorch keeps pinned memory until the copies from it are done.
+            self.rows.copy_(self._pinned().copy_(torch.from_numpy(self._host)), non_blocking=True)
+            while len(self._reserve) < CAPTURES:
+                self._reserve.append(self._pinned())
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._host.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+
+    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
+
+
+def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:
+    own = FORMATS[param.dtype]
+    split = state.get("remainder") is not None
+    rounded = state["exp_avg"].dtype == torch.bfloat16
+    return SPLIT if split else own, own if grad is None else FORMATS[grad.dtype], rounded
+
+
+def in_step(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor's elements lie in the order of a parameter's.
+
+    Example:
+        >>> image = torch.zeros(2, 3, 4, 4)
+        >>> in_step(image.contiguous(memory_format=torch.channels_last), image)
+        False
+    """
+    if tensor.stride() == param.stride():
+        return True
+    pairs = zip(tensor.stride(), param.stride(), param.shape, strict=True)
+    return param.numel() < 2 or all(one == other or size == 1 for one, other, size in pairs)
+
+
+def takes(param: Tensor, state: State) -> bool:
+    """Whether the kernels can work on a parameter and its state in place: dense memory, in one order of dimensions.
+
+    Example:
+        >>> weight = torch.zeros(4, 4)
+        >>> moments = {name: torch.zeros(4, 4) for name in ("exp_avg", "exp_avg_sq")}
+        >>> takes(weight, moments), takes(torch.zeros(4, 8)[:, ::2], moments)
+        (True, False)
+    """
+    if param.dtype not in FORMATS or param.layout != torch.strided or param.is_neg():
+        return False
+    dense = torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
+    present = [state[name] for name in COLUMNS if state.get(name) is not None]
+    return in_step(param, dense) and all(in_step(each, param) and each.device == param.device for each in present)

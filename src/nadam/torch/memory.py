@@ -1,0 +1,201 @@
+"""PyTorch tensors in the kernels' tables: on their own memory, through pointers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nadam.core.dtypes import SPLIT
+from nadam.kernels.cpu.group import TensorMemory
+from nadam.kernels.cpu.plan import KernelPlan
+from nadam.kernels.cpu.pointers import Held, Look, Pointers, tensor_wanted, tensor_words
+from nadam.kernels.strides import LARGE, SHIFT, overlapping, overlaps_itself
+
+Array = NDArray[Any]
+
+FORMATS = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_ALL_FORMATS = {**FORMATS, torch.complex64: "float32", torch.complex128: "float64"}  # of pairs of reals
+
+
+class Slot(NamedTuple):
+    """A parameter with its state, all of them tensors in the memory of the CPU."""
+
+    name: str
+    param: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    ema: torch.Tensor | None
+    accumulator: torch.Tensor | None
+    remainder: torch.Tensor | None  # int16: with the bfloat16 parameter the two halves of a float32
+    decays: bool
+    averaged: bool  # by the pass, or by the host after it
+
+
+def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
+    """A tensor's values, contiguous, where they do not lie in step with its parameter's: shifted by ``place`` SHIFTs.
+
+    Small ones are not shifted.
+    """
+    if tensor.nbytes < LARGE:
+        return tensor.contiguous()
+    offset = place * SHIFT // tensor.itemsize
+    return torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view(tensor.shape).copy_(tensor)
+
+
+class TensorPlan:
+    """The plan for a call's gradients.
+
+    Attributes:
+        plan: It.
+        slots: The slots.
+        grads: The gradients.
+    """
+
+    def __init__(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], members: Any, seed: int = 0) -> None:
+        tensors = []
+        for slot, grad in zip(slots, grads, strict=True):
+            if grad.shape != slot.param.shape:
+                shapes = f"shape {tuple(grad.shape)}, expected that of its variable, {tuple(slot.param.shape)}"
+                raise ValueError(f"grads[{slot.name!r}]: {shapes}")
+            param = footprint(real(slot.param))
+            *state, rest = (None if tensor is None else footprint(real(tensor)) for tensor in slot[2:7])
+            if overlaps_itself(param):
+                raise ValueError(f"{slot.name}: elements of the variable share memory, as in one that was expanded")
+            formats = _ALL_FORMATS[slot.param.dtype] if rest is None else SPLIT, _ALL_FORMATS[grad.dtype]
+            rounded = slot.exp_avg.dtype == torch.bfloat16
+            fields = [*formats, param, footprint(real(grad)), *state, slot.decays, slot.averaged, rest, rounded]
+            tensors.append(TensorMemory._make(fields))
+        self.slots, self.grads = slots, grads
+        options = {"fuses": True, "keep": list(slots), "default_threads": torch.get_num_threads}
+        self.plan = KernelPlan(tensors, np.array(members, np.int64), seed, **options)
+
+
+Named = Sequence[tuple[str, torch.Tensor]]
+
+
+def check_apart(written: Named, grads: Named) -> list[Array]:
+    """That no tensor that a step writes to shares memory with another, and no gradient with one of them."""
+    arrays = [footprint(tensor) for _, tensor in written]
+    found = overlapping(arrays, [footprint(grad) for _, grad in grads])
+    if found is not None:
+        first, second = found[0], found[1] - len(arrays)
+        if second >= 0:
+            raise ValueError(f"grads[{grads[second][0]!r}]: it shares memory with a variable or the optimizer's state")
+        raise ValueError(f"{written[first][0]} and {written[found[1]][0]}: the variables share memory")
+    return arrays
+
+
+def named(slots: Sequence[Slot]) -> Named:
+    """The tensors of some slots, as `check_apart` takes them."""
+    return [(slot.name, tensor) for slot in slots for tensor in slot[1:7] if tensor is not None]
+
+
+def watch(
+    plans: Sequence[TensorPlan],
+    arrays: Sequence[Array],
+    fixed: Sequence[torch.Tensor] = (),
+    held: Held | None = None,
+) -> Pointers | Methods:
+    """What tells at later steps whether plans still fit."""
+    tensors = [tensor for plan in plans for _, tensor in named(plan.slots)]
+    grads = [each for plan in plans for each in zip(plan.grads, plan.plan.gradient_cells(), strict=True)]
+    return watching([*tensors, *fixed], grads, arrays, held)
+
+
+def watching(
+    fixed: Sequence[torch.Tensor],
+    grads: Sequence[tuple[torch.Tensor, int]] = (),
+    arrays: Sequence[Array] = (),
+    held: Held | None = None,
+) -> Pointers | Methods:
+    """The same of tensors that stay, and of gradients with where a table keeps their addresses."""
+    known: dict[Any, Any] = {}  # of tensors that lie alike in their storages what is wanted is the same
+    readable = tensor_words() is not None
+
+    def look(tensor: torch.Tensor, where: int) -> Look:
+        key = (type(tensor), *lie(tensor)[1:], tensor.is_inference())
+        if key not in known:
+            known[key] = tensor_wanted(tensor, footprint(tensor)) if readable else None
+        return Look(tensor, known[key], where)
+
+    stay, new = [look(tensor, tensor.data_ptr()) for tensor in fixed], [look(*each) for each in grads]
+    return (Pointers if readable else Methods)("torch_tensor", stay, new, arrays, held)
+
+
+class Methods:
+    """As `Pointers`, where these do not know how PyTorch keeps its tensors: by its methods, one by one."""
+
+    def __init__(
+        self,
+        source: str,
+        fixed: Sequence[Look],
+        grads: Sequence[Look],
+        arrays: Sequence[Array],
+        held: Held | None = None,
+    ) -> None:
+        self._fixed, self._held = [look.array for look in fixed], held or Held()
+        self._lie, self._grads = list(map(lie, self._fixed)), [(type(g), *lie(g)[1:]) for g, *_ in grads]
+        self._cells, self._arrays = [look.where for look in grads], arrays
+        self._members = self._now()
+
+    def _now(self) -> list[Any]:
+        dicts, lists, _ = self._held
+        return [*(d.get(key) for d, keys in dicts for key in keys), *(item for one in lists for item in one)]
+
+    def fits(self, grads: list[Any], position: int = 0) -> bool:
+        """As of `Pointers`."""
+        if [(type(g), *lie(g)[1:]) if isinstance(g, torch.Tensor) else None for g in grads] != self._grads:
+            return False
+        now = self._now()
+        if len(now) != len(self._members) or not all(map(is_, now, self._members)):
+            return False
+        for counters, count, calls in self._held.counters:
+            steps, products = counters[-2 * count : -count], counters[-count:]
+            if (steps * calls + position != counters[0]).any() or (products != counters[1]).any():
+                return False
+        if list(map(lie, self._fixed)) != self._lie or overlapping(self._arrays, list(map(footprint, grads))):
+            return False
+        for grad, cell in zip(grads, self._cells, strict=True):
+            ctypes.c_int64.from_address(cell).value = grad.data_ptr()
+        return True
+
+
+def lie(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory: where, and all else."""
+    if tensor.layout != torch.strided:
+        return (0,)
+    kind = tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
+    return (tensor.data_ptr(), *kind, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+class _Interface:
+    def __init__(self, **words: Any) -> None:
+        self.__array_interface__ = {"version": 3, **words}
+
+
+def footprint(tensor: torch.Tensor) -> Array:
+    """An array that lies where a tensor does, on whatever device: to ask where, not what.
+
+    Not Tensor.numpy, after which PyTorch resizes the tensor's storage no more.
+    """
+    width = tensor.itemsize
+    strides = tuple(stride * width for stride in tensor.stride())
+    return np.asarray(
+        _Interface(shape=tuple(tensor.shape), strides=strides, typestr=f"|V{width}", data=(tensor.data_ptr(), False))
+    )
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as one of reals, with one more dimension; any other as it is."""
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
