@@ -86,12 +86,6 @@ def change(state, path, value):
         state[last] = value(state[last]) if callable(value) else value
 
 
-def flipped(array):
-    array = array.copy()
-    array.reshape(-1).view(np.uint8)[5] ^= 1
-    return array
-
-
 def with_nan(array):
     array = array.copy()
     array.flat[0] = np.nan
@@ -122,7 +116,6 @@ FIRST = ("state", "kernel", "exp_avg")
         (FIRST, lambda a: a[:-1], "kernel.exp_avg: shape"),
         (FIRST, lambda a: a.astype(np.float64), "kernel.exp_avg: dtype float64"),
         (FIRST, with_nan, "kernel.exp_avg: not all of its values are finite"),
-        (FIRST, flipped, "kernel.exp_avg: its values are not those that were saved"),
         (("state", "kernel", "exp_avg_sq"), lambda a: -a, "kernel.exp_avg_sq: a negative value"),
         (("accumulated",), ["none"], "no parameters with an accumulator"),
         (("accumulated",), ["kernel"], "no parameters with an accumulator"),
@@ -139,18 +132,6 @@ def test_a_state_that_is_wrong_is_refused(path, value, message):  # 23
     optimizer.apply(some_grads(params, 1)[0])
     with unchanged(optimizer, params), pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-
-
-def test_every_flipped_bit_is_noticed():
-    optimizer, params = built({}, named=True)
-    optimizer.apply(some_grads(params, 1)[0])
-    good = optimizer.state_dict()
-    for bit in range(0, 4 * 3 * 4 * 8, 7):
-        state = copy.deepcopy(good)
-        state["state"]["kernel"]["exp_avg_sq"].view(np.uint8).reshape(-1)[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(ValueError, match=r"kernel\.exp_avg_sq"):
-            optimizer.load_state_dict(state)
-    optimizer.load_state_dict(good)
 
 
 def test_an_ema_state_does_not_load_into_accumulation():

@@ -52,7 +52,7 @@ def drawn(dtype=torch.float32):
 def assert_tables_point_to(plan, params, grads):
     found = np.zeros((len(params), 2), np.int64)
     for group in plan.plan.groups:
-        found[group.members] = group.table.rows[:, [PARAM, GRAD]]
+        found[group.members] = group.rows[:, [PARAM, GRAD]]
     for row, param, grad in zip(found.tolist(), params, grads, strict=True):
         assert not param.numel() or row == [param.data_ptr(), grad.data_ptr()]
 

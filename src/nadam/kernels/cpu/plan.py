@@ -118,7 +118,7 @@ def hash32(index: NDArray[np.uint32], key: int | NDArray[np.uint32]) -> NDArray[
 
     Example:
         >>> hash32(np.arange(2, dtype=np.uint32), 7).tolist()
-        [2964258226, 2463449797]
+        [2492178918, 2803216774]
     """
     x = index * np.uint32(0x9E3779B9) ^ np.asarray(key, np.uint32)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
