@@ -18,10 +18,11 @@ import numpy as np
 from numba import njit, types, uint16
 
 from benchmarks.cases import Array
-from nadam.kernels.cpu.group import WORTH_SHARING, address
+from nadam.kernels.cpu.group import WORTH_SHARING
 from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
 from nadam.kernels.cpu.threads import get_num_threads, share_out
 from nadam.kernels.layout import CHUNK_COLUMNS, COUNT, START, TENSOR, TICKET, cut_into_chunks
+from nadam.kernels.strides import address
 
 FORMS = ("one loop", "a loop each")
 # A row per tensor: its addresses. The block of a kernel's arguments, likewise int64.

@@ -8,17 +8,17 @@ from math import inf
 from statistics import median
 
 Work = Callable[[], object]
-Counters = Callable[[], float]
+Clock = Callable[[], float]
 
 SAMPLE = 0.01  # seconds that one sample of a small piece of work lasts
 
 
-def clock_for(small: bool, threads: int) -> Counters:
+def clock_for(small: bool, threads: int) -> Clock:
     """Process time for small work on one thread, which other processes cannot lengthen; otherwise time on the wall."""
     return time.process_time if small and threads == 1 else time.perf_counter
 
 
-def calls_per_sample(work: Work, clock: Counters) -> int:
+def calls_per_sample(work: Work, clock: Clock) -> int:
     """How often to call small work between two looks at the clock."""
     calls = 1
     while True:
@@ -31,7 +31,7 @@ def calls_per_sample(work: Work, clock: Counters) -> int:
         calls *= 4
 
 
-def in_turns(works: Sequence[Work], *, small: bool, clock: Counters, repeats: int) -> list[list[float]]:
+def in_turns(works: Sequence[Work], *, small: bool, clock: Clock, repeats: int) -> list[list[float]]:
     """Seconds that each piece of work takes, round by round; each has run before, so that nothing is compiled now."""
     calls = [calls_per_sample(work, clock) if small else 1 for work in works]
     samples: list[list[float]] = [[] for _ in works]
@@ -49,7 +49,7 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
-def alone(work: Work, *, small: bool, clock: Counters, repeats: int, budget: float = inf) -> float:
+def alone(work: Work, *, small: bool, clock: Clock, repeats: int, budget: float = inf) -> float:
     """Median seconds of one piece of work; once big work has taken ``budget`` seconds the repeats end."""
     if small:
         return median(in_turns([work], small=True, clock=clock, repeats=repeats)[0])

@@ -1,6 +1,6 @@
 """Take steps on several devices, in one process or two, and write what came of them; run by test_jax_sharding.py.
 
-sharded_run.py options FOLDER                          all that `cases` names, on the devices that there are
+sharded_run.py ways FOLDER                          all that `cases` names, on the devices that there are
 sharded_run.py save FOLDER, sharded_run.py restore FOLDER    an orbax checkpoint, on one mesh and onto another
 sharded_run.py process FOLDER RANK ADDRESS          one of two processes
 
@@ -182,7 +182,7 @@ def process(folder, rank, address):
 
 def main():
     what, folder = sys.argv[1], Path(sys.argv[2])
-    if what == "options":
+    if what == "ways":
         all_ways(folder)
     elif what == "process":
         process(folder, int(sys.argv[3]), sys.argv[4])

@@ -20,9 +20,9 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("options")
-    finish(start(8, "options", folder))
+def ways(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ways")
+    finish(start(8, "ways", folder))
     return folder
 
 
@@ -42,13 +42,13 @@ def compare(found, expected):
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)
-def test_the_numbers_are_those_of_one_device(alone, options, way, name):
-    compare(read(options / f"{way} {name}.npz"), alone[name])
+def test_the_numbers_are_those_of_one_device(alone, ways, way, name):
+    compare(read(ways / f"{way} {name}.npz"), alone[name])
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)
-def test_state_lies_where_its_parameters_do_and_stays_there(options, way, name):
-    params, state, seen = read(options / f"{way} {name}.npz")
+def test_state_lies_where_its_parameters_do_and_stays_there(ways, way, name):
+    params, state, seen = read(ways / f"{way} {name}.npz")
     split = np.array([leaf.shape in SPECS for leaf in (*params, *state)])
     assert split.sum() >= 3 * len(params)
     assert seen["placed before"][split].all()
@@ -56,8 +56,8 @@ def test_state_lies_where_its_parameters_do_and_stays_there(options, way, name):
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)
-def test_later_calls_are_the_same_program(options, way, name):
-    compiled = read(options / f"{way} {name}.npz")[2]["compiled"]
+def test_later_calls_are_the_same_program(ways, way, name):
+    compiled = read(ways / f"{way} {name}.npz")[2]["compiled"]
     # On an explicit mesh JAX spells specs out: what began as P("x") comes back as P("x", None).
     assert compiled <= (2 if way == "explicit" else 1)
 

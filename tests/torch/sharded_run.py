@@ -1,4 +1,4 @@
-"""Train a small model in the options of torch.distributed; run by torchrun from test_torch_sharding.py.
+"""Train a small model in the ways of torch.distributed; run by torchrun from test_torch_sharding.py.
 
 torchrun --nproc-per-node 2 sharded_run.py train FOLDER
 torchrun --nproc-per-node 4 sharded_run.py resume FOLDER

@@ -322,7 +322,7 @@ def test_a_first_moment_in_bfloat16_follows_the_float32_one(way):
     assert moment.dtype == torch.bfloat16
     mean, expected = float(moment.double().mean()), 1 - 0.999**3000
     assert abs(mean / expected - 1) < 2e-3
-    assert moment.unique().numel() > 3  # its elements went their own options
+    assert moment.unique().numel() > 3  # its elements went their own ways
 
 
 def test_rounding_by_chance_is_seeded_and_resumed(monkeypatch):
