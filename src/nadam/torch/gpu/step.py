@@ -14,7 +14,7 @@ from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.gpu import passes as kernels
 from nadam.kernels.gpu import prepare as preparing
-from nadam.kernels.gpu.formats import ELEMENTS
+from nadam.kernels.gpu.formats import ELEMENT
 from nadam.torch.gpu.launch import launch, on
 from nadam.torch.gpu.plan import DevicePlan
 from nadam.torch.gpu.report import DeviceReport
@@ -136,8 +136,7 @@ def _measure(
         (plan.tables.rows, kind.chunks, partials, plan.counters, scale, inv_scale, bound, calls),
         warps=kernels.WARPS,
         GRAD=kind.grad_format,
-        GRAD_ELEMENT=ELEMENTS[kind.grad_format],
-        COMPUTE=ELEMENTS[compute],
+        COMPUTE=compute,
         ACCUMULATED=h.gradient_accumulation_steps is not None,
         CHECKED=check is not Check.NOTHING,
         BLOCK=kind.block,
@@ -235,8 +234,8 @@ def _update(plan: DevicePlan, h: Hyperparameters, kind: Kind) -> None:
         warps=kernels.WARPS,
         PARAM=kind.param_format,
         GRAD=kind.grad_format,
-        PARAM_ELEMENT=ELEMENTS[kind.param_format],
-        GRAD_ELEMENT=ELEMENTS[kind.grad_format],
+        COMPUTE=compute,
+        ELEMENT=ELEMENT[kind.param_format],
         ACCUMULATED=h.gradient_accumulation_steps is not None,
         LIMITED=h.clipvalue is not None,
         AVERAGED=h.use_ema,
