@@ -90,7 +90,7 @@ def memory_type(FORMAT):
 
 @triton.jit
 def place(address, start, FORMAT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Pointers to BLOCK elements of a tensor; with WIDE at a multiple of 16 bytes, which the compiler then moves at once."""
+    """Pointers to BLOCK elements of a tensor; with WIDE the compiler knows that they begin at 16 bytes."""
     pointer = address.to(tl.pointer_type(memory_type(FORMAT))) + start
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
@@ -102,7 +102,7 @@ def load(
     address, start, left, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     MAY_BE_ABSENT: tl.constexpr = False,
 ):  # fmt: skip
-    """BLOCK elements, of which only the first ``left`` are there, widened; zeros of a tensor that is absent, at address 0.
+    """The first ``left`` of BLOCK elements, widened, else zeros; zeros of an absent tensor, at address 0.
 
     For 16 bytes at once the compiler must also see that ``left`` is a multiple of so many elements.
     """

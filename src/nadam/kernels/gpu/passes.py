@@ -153,7 +153,7 @@ def measure(
 
     The order of the sum is fixed by BLOCK: element by element of the blocks, then within a block.
     """
-    tensor, row, start, count = _chunk(rows, chunks)
+    _tensor, row, start, count = _chunk(rows, chunks)
     if ACCUMULATED and not CHECKED:
         calls = tl.load(counters + _CALLS)
         count = tl.where(calls % steps == steps - 1.0, count, 0)
