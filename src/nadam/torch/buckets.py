@@ -37,6 +37,15 @@ class StateOptions(NamedTuple):
     exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it rounded by chance, else as wide as is computed in
     seed: int
 
+    def checked(self) -> StateOptions:
+        """These, if they are in their ranges."""
+        seed, dtype = self.seed, self.exp_avg_dtype
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"exp_avg_dtype={dtype}: expected torch.bfloat16 or None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
+        return self
+
     def dtype(self, name: str, param: Tensor) -> torch.dtype:
         """The dtype of a parameter's state of this name."""
         wide = STATE_DTYPES.get(param.dtype, param.dtype)
@@ -82,6 +91,15 @@ class ParamBucket:
         rows = zip(self.names, self.shares, self.kept, strict=True)
         named = [(name, (param, *map(state.get, PLACES))) for name, param, state in rows]
         return [(name, tensor) for name, tensors in named for tensor in tensors if tensor is not None]
+
+
+def check_trainable(params: Sequence[Tensor]) -> None:
+    """That parameters are of numbers that can be trained."""
+    for i, param in enumerate(params):
+        if param.dtype not in TRAINABLE:
+            raise TypeError(
+                f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
+            )
 
 
 def name_of(groups: Groups, index: int, place: int) -> str:

@@ -27,38 +27,29 @@ from nadam.kernels.cpu.plan import keys
 from nadam.torch.memory import real
 
 
+def _operator(function: Callable[..., Any]) -> Callable[[Lists, Any], Lists]:
+    def apply(self: Lists, other: Any) -> Lists:
+        return Lists(function(self.tensors, other.tensors if isinstance(other, Lists) else other))
+
+    return apply
+
+
 class Lists:
     """Many tensors as one value: each operation is one call of PyTorch's foreach functions for all of them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
 
-    def _with(self, function: Callable[..., Any], other: Any) -> Lists:
-        return Lists(function(self.tensors, other.tensors if isinstance(other, Lists) else other))
-
-    def __add__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_add, other)
-
-    def __sub__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_sub, other)
-
-    def __mul__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_mul, other)
-
-    def __truediv__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_div, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __lt__(self, bound: float) -> Lists:
-        return Lists([tensor < bound for tensor in self.tensors])
-
-    def __gt__(self, bound: float) -> Lists:
-        return Lists([tensor > bound for tensor in self.tensors])
+    __add__ = __radd__ = _operator(torch._foreach_add)
+    __sub__ = _operator(torch._foreach_sub)
+    __mul__ = __rmul__ = _operator(torch._foreach_mul)
+    __truediv__ = _operator(torch._foreach_div)
+    __lt__ = _operator(lambda tensors, bound: [tensor < bound for tensor in tensors])
+    __gt__ = _operator(lambda tensors, bound: [tensor > bound for tensor in tensors])
 
 
 class ListMathematics:
-    """What `core.library.mathematics` asks of a library, for Lists."""
+    """The functions that `core.library.mathematics` takes from a library, for Lists."""
 
     @staticmethod
     def sqrt(values: Lists) -> Lists:
@@ -75,7 +66,7 @@ class ListMathematics:
 
 
 class Row:
-    """One parameter with its state and gradient, as real tensors."""
+    """One parameter with its state and gradient; complex tensors as pairs of reals."""
 
     def __init__(self, param: Tensor, state: dict[str, Tensor], grad: Tensor) -> None:
         self.param, self.grad = real(param), real(grad)

@@ -19,12 +19,7 @@ from nadam.kernels.strides import LARGE, SHIFT, overlapping, overlaps_itself
 
 Array = NDArray[Any]
 
-FORMATS = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
+FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 _ALL_FORMATS = {**FORMATS, torch.complex64: "float32", torch.complex128: "float64"}  # of pairs of reals
 
 
@@ -93,10 +88,7 @@ def named(slots: Sequence[Slot]) -> Named:
 
 
 def watch(
-    plans: Sequence[TensorPlan],
-    arrays: Sequence[Array],
-    fixed: Sequence[torch.Tensor] = (),
-    held: Held | None = None,
+    plans: Sequence[TensorPlan], arrays: Sequence[Array], fixed: Sequence[torch.Tensor] = (), held: Held | None = None
 ) -> Pointers | Methods:
     """What tells at later steps whether plans still hold, and puts the addresses of new gradients into them."""
     tensors = [tensor for plan in plans for _, tensor in named(plan.slots)]

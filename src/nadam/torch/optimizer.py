@@ -111,11 +111,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
     ) -> None:
         given = locals()
         self._extras = {name: given[name] for name in settings.EXTRAS}
-        if exp_avg_dtype not in (None, torch.bfloat16):
-            raise ValueError(f"exp_avg_dtype={exp_avg_dtype}: expected torch.bfloat16 or None")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
-        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed)
+        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed).checked()
         self._forget()
         defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
@@ -125,12 +121,10 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
-        self._settings = settings.Settings(self._extras)
-        steps = self._extras["gradient_accumulation_steps"]
-        self._buckets = BucketCache(self._settings, self._options, steps, type(self).__name__)
-        self._gpu = gpu.GpuBucketCache(self._settings, self._options, steps, type(self).__name__)
-        self._skipped = 0
-        self._position = 0
+        self._settings, steps = settings.Settings(self._extras), self._extras["gradient_accumulation_steps"]
+        given = self._settings, self._options, steps, type(self).__name__
+        self._buckets, self._gpu = BucketCache(*given), gpu.GpuBucketCache(*given)
+        self._position = self._skipped = 0  # calls since the last update, and those that were skipped
         self.last_step: StepReport | None = None
         self._counting: Counters | None = None  # of an accumulating step at work
         self._exclusive = Exclusive()
@@ -161,13 +155,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         """
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            settings.checked(group, self._extras)
-            for i, param in enumerate(group["params"]):
-                if param.dtype not in buckets.TRAINABLE:
-                    raise TypeError(
-                        f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
-                    )
+            settings.checked(self.param_groups[-1], self._extras)
+            buckets.check_trainable(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -222,7 +211,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._gpu.forget()
         if found is not None and float(found):
             self._skipped += 1
-            updates, rate = 0 if self.last_step is None else self.last_step.step, float(self.param_groups[0]["lr"])
+            updates, rate = self.last_step.step if self.last_step else 0, float(self.param_groups[0]["lr"])
             self.last_step = StepReport(updates, rate, None, None, self._skipped, skipped=True)
             return
         moving, params = self._buckets.now(self.param_groups, self.state, self._position)
@@ -261,11 +250,10 @@ class NAdam(Optimizer):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
         position, skipped = self._counters()
+        shown = {POSITION: position} if self._extras["gradient_accumulation_steps"] is not None else {}
+        shown |= {SKIPPED: skipped} if self._extras["skip_nonfinite"] else {}
         for group in self.param_groups:
-            if self._extras["gradient_accumulation_steps"] is not None:
-                group[POSITION] = position
-            if self._extras["skip_nonfinite"]:
-                group[SKIPPED] = skipped
+            group.update(shown)
         try:
             return dict(super().state_dict())
         finally:
@@ -317,14 +305,13 @@ class NAdam(Optimizer):  # type: ignore[misc]
             >>> with optimizer.swap_ema():
             ...     pass  # evaluate
         """
-        averaged = self._averaged()
-        kept = [joined(param.detach(), entry).clone() for param, entry in averaged]
+        kept = [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
         self.finalize()
         try:
             yield
         finally:
             with torch.no_grad():
-                for (param, entry), value in zip(averaged, kept, strict=True):
+                for param, entry, value in kept:
                     store(param, entry, value)
 
     @torch.no_grad()

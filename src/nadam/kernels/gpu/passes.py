@@ -42,7 +42,7 @@ _PARAM, _GRAD, _EXP_AVG = tl.constexpr(at.PARAM), tl.constexpr(at.GRAD), tl.cons
 _EXP_AVG_SQ, _EMA = tl.constexpr(at.EXP_AVG_SQ), tl.constexpr(at.EMA)
 _ACCUMULATOR, _REMAINDER = tl.constexpr(at.ACCUMULATOR), tl.constexpr(at.REMAINDER)
 _KEY, _FLAGS, _ALIGNED, _EXCLUDED = (tl.constexpr(value) for value in (KEY, FLAGS, ALIGNED, EXCLUDED))
-_ACCUMULATE, _UPDATE = tl.constexpr(ACCUMULATE), tl.constexpr(UPDATE)
+_SKIP, _ACCUMULATE, _UPDATE = (tl.constexpr(mode) for mode in (SKIP, ACCUMULATE, UPDATE))
 _MODE, _FACTOR, _INV_SCALE, _DECAY, _FIRST = (
     tl.constexpr(SCALARS.index(name)) for name in ("mode", "factor", "inv_scale", "decay", Scalars._fields[0])
 )

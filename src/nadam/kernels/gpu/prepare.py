@@ -8,29 +8,34 @@ import triton
 import triton.language as tl
 
 from nadam.core import counters
-from nadam.core.dtypes import SHRINK, SMALLEST_NORMAL
+from nadam.core.dtypes import SMALLEST_NORMAL
 from nadam.core.scalars import Scalars, Settings
-from nadam.kernels import layout as at
 from nadam.kernels.gpu.formats import INFINITY, clamp_eps, clip_factor, global_clip_factor, hash32, step_scalars
-from nadam.kernels.gpu.passes import ACCUMULATE, KEY, PARTIALS, SCALARS, SKIP, UPDATE
+from nadam.kernels.gpu.passes import (
+    _ACCUMULATE,
+    _COLUMNS,
+    _FACTOR,
+    _FIRST,
+    _GRAD,
+    _KEY,
+    _MODE,
+    _PARTIALS,
+    _SHRINK,
+    _SKIP,
+    _UPDATE,
+)
 
 WARPS = 8
 BLOCK = 2048  # partial sums, or tensors, at once
 # What `prepare` reports of a step: the mode, updates so far, learning rate, norm, factor of clipping, skipped calls.
 REPORT = ("mode", "step", "learning_rate", "grad_norm", "clip_factor", "skipped_steps")
 
-_MODE, _FACTOR = (tl.constexpr(SCALARS.index(name)) for name in ("mode", "factor"))
-_FIRST, _COUNT = tl.constexpr(SCALARS.index(Scalars._fields[0])), tl.constexpr(len(Scalars._fields))
-_EPS = tl.constexpr(Scalars._fields.index("eps"))
+_REPORTED = tl.constexpr(len(REPORT))
+_COUNT, _EPS = tl.constexpr(len(Scalars._fields)), tl.constexpr(Scalars._fields.index("eps"))
 _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
     tl.constexpr(i) for i in (counters.CALLS, counters.MOMENTUM_PRODUCT, counters.SKIPPED, counters.SEEN)
 )
 _SMALLEST32, _SMALLEST64 = (tl.constexpr(SMALLEST_NORMAL[name]) for name in ("float32", "float64"))
-_PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK["float64"])
-_COLUMNS, _GRAD, _KEY = tl.constexpr(at.COLUMNS), tl.constexpr(at.GRAD), tl.constexpr(KEY)
-
-
-_SKIP, _ACCUMULATE, _UPDATE = (tl.constexpr(mode) for mode in (SKIP, ACCUMULATE, UPDATE))
 
 
 @triton.jit
@@ -173,5 +178,5 @@ def prepare(
     skipped = tl.where(passed, skipped, skipped + 1.0)
     tl.store(counters + _SKIPPED, skipped)
     reported = (mode, tl.where(passed & updating, step, step - 1.0), rate, norm, factor, skipped)
-    for i in tl.static_range(6):
+    for i in tl.static_range(_REPORTED):
         tl.store(report + i, reported[i])
