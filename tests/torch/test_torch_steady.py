@@ -220,7 +220,7 @@ def test_an_interrupt_between_slices(monkeypatch, slices):
     for _ in range(steps):
         gradients.give(params)
         optimizer.step()
-    at_once = optimizer._buckets._buckets[0].plan._fused
+    at_once = optimizer._buckets.buckets[0].plan._fused
     name, left = ("_pass", slices - 1) if slices else ("_update_kernel", 0)
     kernel = getattr(at_once, name)
 

@@ -9,11 +9,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.gpu import formats as triton_formats
 from nadam.kernels.gpu import passes as kernels
 from nadam.kernels.gpu import prepare as preparing
-from nadam.kernels.layout import COMPUTE_DTYPE, SPLIT
 from nadam.torch import buckets
 from nadam.torch.gpu import step as on_gpu
 from nadam.torch.gpu.tables import Kind
@@ -42,8 +42,8 @@ def one_pass(param, grad, capability=90, **options):
     constants = {
         "PARAM": param,
         "GRAD": grad,
-        "PARAM_ELEMENT": triton_formats.ELEMENTS[param],
-        "GRAD_ELEMENT": triton_formats.ELEMENTS[grad],
+        "COMPUTE": COMPUTE_DTYPE[param],
+        "ELEMENT": triton_formats.ELEMENT[param],
     }
     constants |= {**PLAIN, **options, "BLOCK": Kind(param, grad, options.get("ROUNDED", False), 0, 0, None).block}
     kind = {"float32": "*fp32", "float64": "*fp64"}[COMPUTE_DTYPE[param]]
@@ -90,12 +90,7 @@ def test_all_formats_are_compiled(param, grad, full):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_what_reads_the_gradients(capability):
-    constants = {
-        "GRAD": "float32",
-        "GRAD_ELEMENT": triton_formats.ELEMENTS["float32"],
-        "COMPUTE": triton_formats.ELEMENTS["float32"],
-    }
-    constants |= {"ACCUMULATED": False, "CHECKED": True, "BLOCK": 1024}
+    constants = {"GRAD": "float32", "COMPUTE": "float32", "ACCUMULATED": False, "CHECKED": True, "BLOCK": 1024}
     ptx = compiled(kernels.measure, capability, constants, kernels.WARPS)["ptx"]
     assert accesses(ptx, "ld")[16] == 2
     assert "fma.rn.f64" in ptx
@@ -125,7 +120,7 @@ def test_numbers_of_the_host_arrive_in_float64():
 
 
 def test_the_rule_is_the_one_of_the_core():
-    update = triton_formats.element.fn.__globals__["update"]
+    update = triton_formats.ELEMENT["float32"].fn.__globals__["update"]
     steps = [line.strip() for line in update.src.splitlines()[1:]]
     assert steps[-1] == "return (param - (param * decay + step), exp_avg, exp_avg_sq)"
 

@@ -1,4 +1,4 @@
-"""Keras on PyTorch: on the CPU the one-pass kernel, on the variables' own memory."""
+"""Keras on PyTorch: on the CPU one pass over the variables' own memory; its plan is kept while all lies as it did."""
 
 from __future__ import annotations
 
@@ -104,11 +104,8 @@ class TorchBackend(Backend):
         counters, count = runtime.counters, int(optimizer._iterations._value)
         now = optimizer._now(count)
         product = float(optimizer._momentum_product._value)
-        counters.current[CALLS], counters.current[MOMENTUM_PRODUCT], counters.current[SKIPPED] = (
-            count,
-            product,
-            self._skipped(optimizer),
-        )
+        current, skipped = counters.current, self._skipped(optimizer)
+        current[CALLS], current[MOMENTUM_PRODUCT], current[SKIPPED] = count, product, skipped
         steps = h.gradient_accumulation_steps
         if steps is not None and (count + 1) % steps == 0 and len(members) < len(runtime.slots):
             members, grads = _with_owed(runtime.slots, runtime.seen(count), members, grads)
@@ -148,19 +145,16 @@ def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]
 
 
 def _checked(variable: Any, given: Any) -> torch.Tensor:
-    """A gradient as the kernels take it: itself wherever it can be."""
-    grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(_copied(given))
+    """A gradient as the kernels take it: itself wherever it can be, else a copy."""
+    if isinstance(given, np.ndarray):
+        given = given.copy()  # PyTorch takes no memory that is read-only or has negative strides
+    grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(given)
     if not grad.is_cpu:
         raise RuntimeError(f"grads[{variable.path!r}]: on {grad.device}, expected that of its variable, cpu")
     if grad.layout != torch.strided:
         grad = grad.to_dense()
     checked_gradient(variable, grad)
     return grad.resolve_neg() if grad.dtype in memory.FORMATS else grad.to(torch.float32)
-
-
-def _copied(given: Any) -> Any:
-    """A NumPy array in memory that PyTorch takes: writable and without negative strides."""
-    return given.copy() if isinstance(given, np.ndarray) else given
 
 
 def _with_owed(slots: Any, seen: set[int], members: Sequence[int], grads: list[Any]) -> tuple[list[int], list[Any]]:

@@ -17,8 +17,7 @@ from nadam.torch.buckets import usable
 from nadam.torch.gpu.bucket_cache import can_run, on_gpu
 
 CLIP_FACTOR = 1  # its place in the report
-# Plans for different sets of variables that are kept.
-PLANS_KEPT = 8
+PLANS_KEPT = 8  # for different sets of variables
 
 
 class Reported:
@@ -35,16 +34,15 @@ class Reported:
 
 @torch.no_grad()
 def step(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> bool:
-    """Do one call."""
+    """Do one call; False where the kernels cannot."""
     h, runtime = optimizer._hyper, optimizer._runtime
     indices, given = with_absent(h, runtime.slots, members, grads)
     slots = [runtime.slots[i] for i in indices]
     params = [slot.variable._value for slot in slots]
     if any(slot.variable.constraint is not None or slot.exp_avg is None for slot in slots):
         return False
-    if len({param.device for param in params}) != 1:
-        return False
-    if not all(isinstance(grad, (torch.Tensor, type(None))) for grad in given) or not can_run(params):
+    given_tensors = all(isinstance(grad, (torch.Tensor, type(None))) for grad in given)
+    if not given_tensors or len({param.device for param in params}) != 1 or not can_run(params):
         return False
     tensors = [None if grad is None else _checked(slot.variable, grad) for slot, grad in zip(slots, given, strict=True)]
     plan = _plan(optimizer, tuple(indices), params, tensors)
@@ -54,8 +52,8 @@ def step(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> 
     counters[MOMENTUM_PRODUCT].copy_(product)
     if h.skip_nonfinite:
         counters[SKIPPED].copy_(optimizer._report._value[SKIPPED_STEPS])
-    part = on_gpu().Bucket(plan, h, rate, beta1, beta2)
-    report = on_gpu().step([part], loss_scale=h.loss_scale_factor or 1.0)
+    bucket = on_gpu().Bucket(plan, h, rate, beta1, beta2)
+    report = on_gpu().step([bucket], loss_scale=h.loss_scale_factor or 1.0)
     increment_version([param.detach() for param in params])
     iterations.copy_(counters[CALLS])
     product.copy_(counters[MOMENTUM_PRODUCT])
@@ -98,9 +96,8 @@ def _plan(optimizer: Optimizer, key: tuple[int, ...], params: Sequence[Any], gra
         fields = zip(("exp_avg", "exp_avg_sq", "ema", "grad_accumulator"), slot[1:5], strict=True)
         state = {name: variable._value for name, variable in fields if variable is not None}
         # Of these Keras has one for all variables.
-        device = slot.variable._value.device
-        state |= {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("step", "mu_product")}
-        states.append(state)
+        zero = torch.zeros((), dtype=torch.float64, device=slot.variable._value.device)
+        states.append({**state, "step": zero, "mu_product": zero})
     plan = on_gpu().DevicePlan(params, states, grads, optimizer._hyper, decays=[slot.decays for slot in own])
     runtime.plans[key] = plan, held
     return plan

@@ -1,4 +1,7 @@
-"""Parameters that have been updated equally often, their state, and the kernels' tables of them."""
+"""Parameters that are updated together, and the state that is kept of each.
+
+Parameters that have been updated equally often have the same scalars, so one plan moves all of them in one pass.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,23 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nadam.core.counters import Counters
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.kernels.strides import LARGE, SHIFT, overlap
-from nadam.torch.fallback import FallbackPlan, Row
-from nadam.torch.memory import FORMATS, Slot, TensorPlan, real
+from nadam.kernels.strides import LARGE, SHIFT
+from nadam.torch.memory import FORMATS
 from nadam.torch.sharding import is_sharded, local
 
 State = dict[str, Any]
 Groups = Sequence[dict[str, Any]]
-# dtype of moments, average and accumulator, by the parameter's.
+# dtype of moments, average and accumulator, by the parameter's, where it is another.
 STATE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 PLACES = {"exp_avg": 1, "exp_avg_sq": 2, "ema": 3, "grad_accumulator": 4, "remainder": 5}
 # In the order of `Counters.own`: with accumulation, whether there is a gradient in this window; updates; momentum
 # product.
 COUNTERS = ("accumulated", "step", "mu_product")
-_STATE = {*PLACES, *COUNTERS}
+_STATE = (*PLACES, *COUNTERS)
 TRAINABLE = {*FORMATS, torch.complex64, torch.complex128}
 _warned: set[str] = set()
 
@@ -38,8 +37,17 @@ class StateOptions(NamedTuple):
     exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it rounded by chance, else as wide as is computed in
     seed: int
 
+    def checked(self) -> StateOptions:
+        """These, if they are in their ranges."""
+        seed, dtype = self.seed, self.exp_avg_dtype
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"exp_avg_dtype={dtype}: expected torch.bfloat16 or None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
+        return self
+
     def dtype(self, name: str, param: Tensor) -> torch.dtype:
-        """Of a part of a parameter's state."""
+        """The dtype of a parameter's state of this name."""
         wide = STATE_DTYPES.get(param.dtype, param.dtype)
         if name == "remainder":
             return torch.int16
@@ -48,14 +56,21 @@ class StateOptions(NamedTuple):
 
 
 class ParamBucket:
-    """Parameters of a group that have been updated equally often: one clock and one plan.
+    """Parameters of a group, on one device, that have been updated equally often.
 
     Attributes:
-        counters: Theirs.
+        shares: This process's shares of them; ``kept`` those of their state.
+        given: Gradients of these shares.
+        grads: The same as the plan takes them, until the step is done; some may be copies.
         plan: The passes over them.
-        tensors: The same with its tensors; None where PyTorch's own operations make the step.
-        held: Gradients that the plan points to, until the step is done; they may be copies.
+        counters: Their step counters, on the CPU; on a GPU the plan has them.
+        version: PyTorch's count of writes to the counters on a GPU, as the plan was made.
     """
+
+    plan: Any
+    counters: Any
+    version: int
+    tensors: Any = None  # on the CPU, where there is a kernel, the plan with its tensors
 
     def __init__(
         self,
@@ -63,90 +78,28 @@ class ParamBucket:
         names: Sequence[str],
         params: Sequence[Tensor],
         states: Sequence[State],
-        h: Hyperparameters,
-        position: int,
-        options: StateOptions,
+        given: Sequence[Any],
+        grads: Sequence[Any],
     ) -> None:
-        self.index, self.names, self.params, self.states, self._options = index, names, params, states, options
-        self.counters = Counters(len(params), shown=True)
-        self._calls = h.gradient_accumulation_steps or 1
-        self.counters.start(int(states[0]["step"]), float(states[0]["mu_product"]), position, self._calls)
-        own = zip(COUNTERS, torch.from_numpy(self.counters.own), strict=True)
-        accumulates = h.gradient_accumulation_steps is not None
-        self._shown = {name: list(views) for name, views in own if accumulates or name != "accumulated"}
-        for name, views in self._shown.items():
-            taken: set[int] = set()
-            for state, view in zip(states, views, strict=True):
-                kept = state[name]
-                if name == "accumulated":
-                    view.fill_(float(kept))
-                # Whoever holds the tensor sees it change, as with PyTorch's own, but for one of several parameters.
-                if type(kept) is Tensor and kept.dtype == view.dtype and kept.is_cpu and id(kept) not in taken:
-                    kept.data = view
-                else:
-                    state[name] = view
-                taken.add(id(kept))
-        self.plan: Any = None
-        self.tensors: TensorPlan | None = None
-        self.held: Any = None
-
-    def prepare(self, grads: Sequence[Tensor], name: str) -> None:
-        """Make the plan for these gradients."""
-        self.held = given = [usable(grad, name) for grad in grads]
-        for param, state in zip(self.params, self.states, strict=True):
-            cast_state(param, state, self._options)
-        params = list(map(local, self.params))
-        states = [{key: local(value) for key, value in state.items() if key in PLACES} for state in self.states]
-        members = np.arange(len(params), dtype=np.int64)
-        if has_kernel(params):
-            slots = [
-                Slot._make([where, param, *map(state.get, PLACES), True, True])
-                for where, param, state in zip(self.names, params, states, strict=True)
-            ]
-            self.tensors = TensorPlan(slots, given, members, self._options.seed)
-            self.plan = self.tensors.plan
-            return
-        for where, param in zip(self.names, params, strict=True):
-            if overlap(param.shape, [stride * param.itemsize for stride in param.stride()], param.itemsize):
-                raise ValueError(f"{where}: its elements share memory, as in one that was expanded")
-        warn_once(params[0].device.type)
-        rows = [
-            Row(real(param), real(grad), {key: real(value) for key, value in state.items()})
-            for param, grad, state in zip(params, given, states, strict=True)
-        ]
-        self.plan = FallbackPlan(rows, members, self._options.seed)
+        self.index, self.names, self.params, self.states = index, names, params, states
+        self.given, self.grads = given, grads
+        self.shares = list(map(local, params))
+        self.kept = [{name: local(state[name]) for name in _STATE if name in state} for state in states]
 
     def written(self) -> list[tuple[str, Tensor]]:
         """What a step writes to, with the parameters' names."""
-        made = []
-        for where, param, state in zip(self.names, self.params, self.states, strict=True):
-            made += [(where, local(tensor)) for tensor in (param, *(state[name] for name in PLACES if name in state))]
-        return made
-
-    def shown(self) -> list[Tensor]:
-        """The tensors that show the counters."""
-        return [state[name] for name in self._shown for state in self.states]
-
-    def counts(self) -> tuple[NDArray[np.float64], int, int]:
-        """The counters, as `pointers.Held` takes them."""
-        return self.counters.current, len(self.params), self._calls
+        rows = zip(self.names, self.shares, self.kept, strict=True)
+        named = [(name, (param, *map(state.get, PLACES))) for name, param, state in rows]
+        return [(name, tensor) for name, tensors in named for tensor in tensors if tensor is not None]
 
 
-def buckets(
-    index: int,
-    named: Mapping[str, Tensor],
-    kept: Sequence[State],
-    h: Hyperparameters,
-    position: int,
-    options: StateOptions,
-) -> list[ParamBucket]:
-    """Parameters of a group, by their names, sorted by how often they have been updated, and by device."""
-    alike: dict[tuple[Any, ...], list[Any]] = {}
-    for (name, param), state in zip(named.items(), kept, strict=True):
-        key = (float(state["step"]), float(state["mu_product"]), param.device)
-        alike.setdefault(key, []).append((name, param, state))
-    columns = [tuple(zip(*members, strict=True)) for members in alike.values()]
-    return [ParamBucket(index, names, params, states, h, position, options) for names, params, states in columns]
+def check_trainable(params: Sequence[Tensor]) -> None:
+    """That parameters are of numbers that can be trained."""
+    for i, param in enumerate(params):
+        if param.dtype not in TRAINABLE:
+            raise TypeError(
+                f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
+            )
 
 
 def name_of(groups: Groups, index: int, place: int) -> str:
@@ -155,11 +108,9 @@ def name_of(groups: Groups, index: int, place: int) -> str:
 
 
 def entry(state: Any, param: Tensor, h: Hyperparameters, options: StateOptions) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter, made where it is not there or was cleared."""
+    """A parameter's state, with what is missing of it made anew."""
     found: dict[str, Any] = state.setdefault(param, {})
-    if not found:
-        found.update(new_state(param, h, options))
-    elif any(name not in found for name in extra_state(param, h, options)):
+    if not found or any(name not in found for name in extra_state(param, h, options)):
         found.update({**new_state(param, h, options), **found})
     elif h.gradient_accumulation_steps is not None and "accumulated" not in found:  # of an older checkpoint
         seen = bool(local(found["grad_accumulator"]).any())
@@ -168,7 +119,7 @@ def entry(state: Any, param: Tensor, h: Hyperparameters, options: StateOptions) 
 
 
 def held_dicts(state: dict[Any, Any], params: Sequence[Tensor]) -> list[tuple[dict[Any, Any], list[Any]]]:
-    """The optimizer's state, as `pointers.Held` takes it."""
+    """Which entries of the optimizer's state are to stay the same objects, as `pointers.Held` takes it."""
     wanted = set(map(id, params))
     entries = [key for key in state if id(key) in wanted]
     own = ((state[param], [name for name in state[param] if name in _STATE]) for param in entries)
@@ -181,7 +132,7 @@ def is_owed(entry: Mapping[str, Any] | None) -> bool:
 
 
 def new_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> State:
-    """What the optimizer keeps of a parameter, before its first step."""
+    """A parameter's state before its first step."""
     state: State = {
         "step": torch.zeros((), dtype=torch.float64, device="cpu"),
         "mu_product": torch.ones((), dtype=torch.float64, device="cpu"),
@@ -196,7 +147,7 @@ def new_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> State
 
 
 def extra_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> list[str]:
-    """What else than PyTorch's own NAdam there is to keep of a parameter."""
+    """The names of a parameter's state that PyTorch's own NAdam does not have."""
     wanted = {
         "ema": h.use_ema,
         "grad_accumulator": h.gradient_accumulation_steps is not None,
@@ -206,7 +157,7 @@ def extra_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> lis
 
 
 def cast_state(param: Tensor, state: State, options: StateOptions) -> None:
-    """Bring state that somebody else has put there into the dtype and order in memory that the kernels take."""
+    """Copy state that was loaded or set by the user to the dtype and order in memory that kernels take."""
     if is_sharded(param):
         state.update({name: state[name].to(options.dtype(name, param)) for name in PLACES if name in state})
         return
@@ -224,10 +175,7 @@ def cast_state(param: Tensor, state: State, options: StateOptions) -> None:
 
 
 def zeros_beside(param: Tensor, place: int, dtype: torch.dtype) -> Tensor:
-    """Zeros for a parameter's state, dense and in its order of dimensions.
-
-    Large ones are shifted by ``place`` SHIFTs, so that they do not lie in step with the parameter.
-    """
+    """Zeros in a parameter's order of dimensions; large ones are shifted in memory against it, by ``place`` SHIFTs."""
     plain = torch.zeros_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format)
     if plain.nbytes < LARGE or not plain.is_cpu or type(plain) is not Tensor:
         return plain
@@ -236,13 +184,8 @@ def zeros_beside(param: Tensor, place: int, dtype: torch.dtype) -> Tensor:
     return memory.as_strided(plain.size(), plain.stride(), offset)
 
 
-def has_kernel(params: Sequence[Tensor]) -> bool:
-    """Whether there is a kernel where these parameters lie."""
-    return all(param.is_cpu for param in params)
-
-
 def usable(grad: Tensor, name: str) -> Tensor:
-    """A gradient as the plans take it: itself wherever it can be."""
+    """A gradient as plans take it: itself wherever it can be, else a copy."""
     if grad.layout != torch.strided:
         raise RuntimeError(f"{name} does not support sparse gradients")
     if grad.is_neg() or grad.is_conj():
@@ -250,8 +193,13 @@ def usable(grad: Tensor, name: str) -> Tensor:
     return grad if grad.dtype in TRAINABLE else grad.to(torch.float32)
 
 
+def has_kernel(params: Sequence[Tensor]) -> bool:
+    """Whether there is a kernel where these parameters lie."""
+    return all(param.is_cpu for param in params)
+
+
 def warn_once(device: str) -> None:
-    """That there is no kernel for a device."""
+    """Warn that there is no kernel for a device."""
     if device not in _warned:
         _warned.add(device)
         warnings.warn(

@@ -1,4 +1,7 @@
-"""The rule under torch's own operations: for devices without a kernel, and for steps that are differentiated."""
+"""A step made of PyTorch's own operations: for devices without a kernel, and for steps that are differentiated.
+
+By its foreach functions, one call does an operation for all parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.counters import CounterBuffers
-from nadam.core.dtypes import SHRINK
+from nadam.core.dtypes import SHRINK, SMALLEST_NORMAL
 from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
@@ -21,6 +24,14 @@ from nadam.core.library import mathematics
 from nadam.core.scalars import Scalars, clamp_eps
 from nadam.core.step import Bucket, Factors
 from nadam.kernels.cpu.plan import keys
+from nadam.torch.memory import real
+
+
+def _operator(function: Callable[..., Any]) -> Callable[[Lists, Any], Lists]:
+    def apply(self: Lists, other: Any) -> Lists:
+        return Lists(function(self.tensors, other.tensors if isinstance(other, Lists) else other))
+
+    return apply
 
 
 class Lists:
@@ -29,32 +40,16 @@ class Lists:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
 
-    def _with(self, function: Callable[..., Any], other: Any) -> Lists:
-        return Lists(function(self.tensors, other.tensors if isinstance(other, Lists) else other))
-
-    def __add__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_add, other)
-
-    def __sub__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_sub, other)
-
-    def __mul__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_mul, other)
-
-    def __truediv__(self, other: Any) -> Lists:
-        return self._with(torch._foreach_div, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __lt__(self, bound: float) -> Lists:
-        return Lists([tensor < bound for tensor in self.tensors])
-
-    def __gt__(self, bound: float) -> Lists:
-        return Lists([tensor > bound for tensor in self.tensors])
+    __add__ = __radd__ = _operator(torch._foreach_add)
+    __sub__ = _operator(torch._foreach_sub)
+    __mul__ = __rmul__ = _operator(torch._foreach_mul)
+    __truediv__ = _operator(torch._foreach_div)
+    __lt__ = _operator(lambda tensors, bound: [tensor < bound for tensor in tensors])
+    __gt__ = _operator(lambda tensors, bound: [tensor > bound for tensor in tensors])
 
 
 class ListMathematics:
-    """What `core.library.mathematics` asks of a library, for Lists."""
+    """The functions that `core.library.mathematics` takes from a library, for Lists."""
 
     @staticmethod
     def sqrt(values: Lists) -> Lists:
@@ -71,10 +66,11 @@ class ListMathematics:
 
 
 class Row:
-    """One parameter with its state and gradient, as real tensors."""
+    """One parameter with its state and gradient; complex tensors as pairs of reals."""
 
-    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        self.param, self.grad, self.state = param, grad, state
+    def __init__(self, param: Tensor, state: dict[str, Tensor], grad: Tensor) -> None:
+        self.param, self.grad = real(param), real(grad)
+        self.state = {name: real(value) for name, value in state.items()}
 
 
 class FallbackPlan:
@@ -199,24 +195,19 @@ def differentiable_step(h: Hyperparameters, now: Now, rows: Sequence[Row]) -> No
     for row in rows:
         state = row.state
         state["step"].add_(1)
-        grad = -row.grad if h.maximize else row.grad
-        product = state["mu_product"]
-        c, product = m.coefficients(
-            state["step"].detach(),
-            lr=now.lr,
-            beta1=now.beta1,
-            beta2=now.beta2,
-            eps=h.eps,
-            momentum_decay=h.momentum_decay,
-            momentum_product=product,
-        )
-        # The scalars are those of `step`, float32 whatever the parameters are.
-        c = c._replace(eps=m.clamp_eps(h.eps, c.eps, torch.finfo(torch.float32).smallest_normal))
-        decay = h.weight_decay or 0.0
-        if h.coupled_weight_decay:
-            grad, decay = m.coupled(grad, row.param, decay), 0.0
-        param, exp_avg, exp_avg_sq = m.update(
-            row.param, grad, state["exp_avg"], state["exp_avg_sq"], now.lr * decay, *c
+        step, product = state["step"].detach(), state["mu_product"]
+        s, product = m.scalars(h.settings(now), step, step, product, 1.0, SMALLEST_NORMAL["float32"])
+        param, exp_avg, exp_avg_sq, _ = m.element(lambda param: param)(
+            row.param,
+            row.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            None,
+            None,
+            -1.0 if h.maximize else 1.0,
+            s.decay,
+            s,
+            *h.flags,
         )
         state["mu_product"].copy_(product)
         state["exp_avg"].copy_(exp_avg)

@@ -1,4 +1,4 @@
-"""PyTorch tensors in the kernels' tables: on their own memory, through pointers."""
+"""PyTorch tensors in the kernels' tables, by their addresses: nothing is copied or converted for a step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ from nadam.kernels.strides import LARGE, SHIFT, overlapping, overlaps_itself
 
 Array = NDArray[Any]
 
-FORMATS = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
+FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 _ALL_FORMATS = {**FORMATS, torch.complex64: "float32", torch.complex128: "float64"}  # of pairs of reals
 
 
@@ -43,10 +38,7 @@ class Slot(NamedTuple):
 
 
 def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
-    """A tensor's values, contiguous, where they do not lie in step with its parameter's: shifted by ``place`` SHIFTs.
-
-    Small ones are not shifted.
-    """
+    """A tensor's values, contiguous; large ones are shifted in memory against the parameter, by ``place`` SHIFTs."""
     if tensor.nbytes < LARGE:
         return tensor.contiguous()
     offset = place * SHIFT // tensor.itemsize
@@ -54,13 +46,7 @@ def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
 
 
 class TensorPlan:
-    """The plan for a call's gradients.
-
-    Attributes:
-        plan: It.
-        slots: The slots.
-        grads: The gradients.
-    """
+    """The kernel's plan for some slots and their gradients, and these themselves."""
 
     def __init__(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], members: Any, seed: int = 0) -> None:
         tensors = []
@@ -102,12 +88,9 @@ def named(slots: Sequence[Slot]) -> Named:
 
 
 def watch(
-    plans: Sequence[TensorPlan],
-    arrays: Sequence[Array],
-    fixed: Sequence[torch.Tensor] = (),
-    held: Held | None = None,
+    plans: Sequence[TensorPlan], arrays: Sequence[Array], fixed: Sequence[torch.Tensor] = (), held: Held | None = None
 ) -> Pointers | Methods:
-    """What tells at later steps whether plans still fit."""
+    """What tells at later steps whether plans still hold, and puts the addresses of new gradients into them."""
     tensors = [tensor for plan in plans for _, tensor in named(plan.slots)]
     grads = [each for plan in plans for each in zip(plan.grads, plan.plan.gradient_cells(), strict=True)]
     return watching([*tensors, *fixed], grads, arrays, held)
@@ -119,12 +102,12 @@ def watching(
     arrays: Sequence[Array] = (),
     held: Held | None = None,
 ) -> Pointers | Methods:
-    """The same of tensors that stay, and of gradients with where a table keeps their addresses."""
+    """What tells whether tensors lie as they did, and puts gradients' addresses into the words given with them."""
     known: dict[Any, Any] = {}  # of tensors that lie alike in their storages what is wanted is the same
     readable = tensor_words() is not None
 
     def look(tensor: torch.Tensor, where: int) -> Look:
-        key = (type(tensor), *lie(tensor)[1:], tensor.is_inference())
+        key = kind_of(tensor), tensor.is_inference()
         if key not in known:
             known[key] = tensor_wanted(tensor, footprint(tensor)) if readable else None
         return Look(tensor, known[key], where)
@@ -134,18 +117,13 @@ def watching(
 
 
 class Methods:
-    """As `Pointers`, where these do not know how PyTorch keeps its tensors: by its methods, one by one."""
+    """What `Pointers` does, by PyTorch's methods: for a PyTorch that keeps its tensors otherwise than is known here."""
 
     def __init__(
-        self,
-        source: str,
-        fixed: Sequence[Look],
-        grads: Sequence[Look],
-        arrays: Sequence[Array],
-        held: Held | None = None,
+        self, source: str, fixed: Sequence[Look], grads: Sequence[Look], arrays: Sequence[Array], held: Held | None
     ) -> None:
         self._fixed, self._held = [look.array for look in fixed], held or Held()
-        self._lie, self._grads = list(map(lie, self._fixed)), [(type(g), *lie(g)[1:]) for g, *_ in grads]
+        self._lie, self._grads = list(map(lie, self._fixed)), [kind_of(look.array) for look in grads]
         self._cells, self._arrays = [look.where for look in grads], arrays
         self._members = self._now()
 
@@ -154,8 +132,8 @@ class Methods:
         return [*(d.get(key) for d, keys in dicts for key in keys), *(item for one in lists for item in one)]
 
     def fits(self, grads: list[Any], position: int = 0) -> bool:
-        """As of `Pointers`."""
-        if [(type(g), *lie(g)[1:]) if isinstance(g, torch.Tensor) else None for g in grads] != self._grads:
+        """Whether all is as it was; if so, the addresses of these gradients are in the tables."""
+        if list(map(kind_of, grads)) != self._grads:
             return False
         now = self._now()
         if len(now) != len(self._members) or not all(map(is_, now, self._members)):
@@ -177,6 +155,11 @@ def lie(tensor: torch.Tensor) -> tuple[Any, ...]:
         return (0,)
     kind = tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_conj()
     return (tensor.data_ptr(), *kind, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def kind_of(tensor: Any) -> tuple[Any, ...] | None:
+    """All that two tensors in the same words of a table have in common, but for their addresses."""
+    return (type(tensor), *lie(tensor)[1:]) if isinstance(tensor, torch.Tensor) else None
 
 
 class _Interface:

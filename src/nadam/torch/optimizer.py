@@ -1,4 +1,4 @@
-"""`NAdam`: what a user of PyTorch sees."""
+"""`NAdam`: what a user of PyTorch sees. A steady step is one native look at all tensors, then one pass over them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
-from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport, step
 from nadam.torch import buckets, settings, state
 from nadam.torch.bucket_cache import BucketCache
 from nadam.torch.fallback import Row, differentiable_step, joined, store
 from nadam.torch.gpu import bucket_cache as gpu
-from nadam.torch.memory import real
-from nadam.torch.sharding import combiner, local
+from nadam.torch.sharding import local
 
 POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
 
@@ -113,25 +111,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
     ) -> None:
         given = locals()
         self._extras = {name: given[name] for name in settings.EXTRAS}
-        self._measures = clipnorm is not None or global_clipnorm is not None or skip_nonfinite
-        if exp_avg_dtype not in (None, torch.bfloat16):
-            raise ValueError(f"exp_avg_dtype={exp_avg_dtype}: expected torch.bfloat16 or None")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
-        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed)
+        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed).checked()
         self._forget()
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
+        defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
         if differentiable and any(value for name, value in self._extras.items() if name != "ema_momentum"):
             raise ValueError("differentiable=True: expected none of " + ", ".join(settings.EXTRAS))
@@ -139,25 +121,22 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
-        self._settings = settings.Settings(self._extras)
-        steps = self._extras["gradient_accumulation_steps"]
-        self._buckets = BucketCache(self._settings, self._options, steps, type(self).__name__)
-        self._gpu = gpu.GpuBucketCache(self._settings, self._options, steps, type(self).__name__)
-        self._skipped = 0
-        self._position = 0
+        self._settings, steps = settings.Settings(self._extras), self._extras["gradient_accumulation_steps"]
+        given = self._settings, self._options, steps, type(self).__name__
+        self._buckets, self._gpu = BucketCache(*given), gpu.GpuBucketCache(*given)
+        self._position = self._skipped = 0  # calls since the last update, and those that were skipped
         self.last_step: StepReport | None = None
         self._counting: Counters | None = None  # of an accumulating step at work
         self._exclusive = Exclusive()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("_extras", "_measures", "_options")}
+        own = {name: self.__dict__[name] for name in ("_extras", "_options")}
         counters = dict(zip(("_position", "_skipped"), self._counters(), strict=True))
         return {**super().__getstate__(), **own, **counters}
 
     def __setstate__(self, given: dict[str, Any]) -> None:
         counters: dict[str, Any] = {name: given[name] for name in ("_position", "_skipped") if name in given}
         super().__setstate__(given)
-        state.unwrapped(self.state)
         self._forget()
         self.__dict__.update(counters)
         for group in self.param_groups:
@@ -165,14 +144,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
                 group.setdefault(name, value)
             self._position = group.pop(POSITION, self._position)
             self._skipped = group.pop(SKIPPED, self._skipped)
-        h = Hyperparameters(**self._extras)
-        for param, entry in self.state.items():
-            for name in state.SCALARS & entry.keys():
-                value = entry[name]
-                kept = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-                entry[name] = kept.to(torch.float64)
-            if entry and not entry.keys() >= set(buckets.extra_state(param, h, self._options)):
-                entry.update({**buckets.new_state(param, h, self._options), **entry})  # that of another optimizer
+        state.complete(self.state, self._extras, self._options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of their own, as in `torch.optim`.
@@ -183,13 +155,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         """
         super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            settings.checked(group, self._extras)
-            for i, param in enumerate(group["params"]):
-                if param.dtype not in buckets.TRAINABLE:
-                    raise TypeError(
-                        f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
-                    )
+            settings.checked(self.param_groups[-1], self._extras)
+            buckets.check_trainable(self.param_groups[-1]["params"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -229,11 +196,13 @@ class NAdam(Optimizer):  # type: ignore[misc]
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
         self._sync_counters()
         self._counting = None
-        if self._may_be_on_gpu():
+        first = self.param_groups[0]["params"]
+        if first and first[0].device.type in gpu.DEVICES:
             done = self._gpu.step(self.param_groups, self.state, self._position, self._skipped, scale, found)
-            if done is not NotImplemented:
-                if done is not None:
-                    self.last_step, params, self._position, self._skipped = done
+            if done is not None:
+                report, params, self._position, self._skipped = done
+                if report is not None:
+                    self.last_step = report
                     increment_version(params)
                     self._buckets.forget()
                 return
@@ -241,7 +210,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._position, self._skipped = self._counters()
             self._gpu.forget()
         if found is not None and float(found):
-            self._skip()
+            self._skipped += 1
+            updates, rate = self.last_step.step if self.last_step else 0, float(self.param_groups[0]["lr"])
+            self.last_step = StepReport(updates, rate, None, None, self._skipped, skipped=True)
             return
         moving, params = self._buckets.now(self.param_groups, self.state, self._position)
         if not moving:
@@ -249,8 +220,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if self._extras["gradient_accumulation_steps"] is not None:
             self._counting = moving[0].counters
         try:
-            combine = combiner(params) if self._measures and self._buckets.sharded else None
-            report = step(moving, loss_scale=1.0 if scale is None else float(scale), combine=combine)
+            loss_scale = 1.0 if scale is None else float(scale)
+            report = step(moving, loss_scale=loss_scale, combine=self._buckets.combine)
         finally:
             increment_version(params)
             self._sync_counters()
@@ -259,50 +230,30 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._skipped += report.skipped
         self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
 
-    def _may_be_on_gpu(self) -> bool:
-        params = self.param_groups[0]["params"]
-        return bool(params) and params[0].device.type in gpu.DEVICES
-
     def _sync_counters(self) -> None:
-        """Take over how many calls there were since the last update, which the kernel itself counts.
-
-        Where an interrupt, or a fork on another thread, keeps a step from doing so, whoever asks next does it.
-        """
+        """Take over the calls since the last update, which the kernel counts; also after an interrupted step."""
         if self._counting is not None:
             self._position = self._counting.calls % self._extras["gradient_accumulation_steps"]
 
     def _counters(self) -> tuple[int, int]:
-        """Calls since the last update, with accumulation, and calls that were skipped."""
+        """Calls since the last update, and calls that were skipped."""
         self._sync_counters()
         return self._gpu.position(self._position), self._skipped + self._gpu.skipped()
-
-    def _skip(self) -> None:
-        """Count a step that GradScaler found not to be finite."""
-        self._skipped += 1
-        updates = 0 if self.last_step is None else self.last_step.step
-        self.last_step = StepReport(updates, float(self.param_groups[0]["lr"]), None, None, self._skipped, skipped=True)
 
     def _differentiable_step(self) -> None:
         for index, group in enumerate(self.param_groups):
             h, now = self._settings.now(index, group)
-            rate = group["lr"]
-            rows = []
-            for param in group["params"]:
-                if param.grad is not None:
-                    if not self.state[param]:
-                        self.state[param] = buckets.new_state(param, h, self._options)
-                    own = {key: real(value) for key, value in self.state[param].items()}
-                    rows.append(Row(real(param), real(param.grad), own))
-            differentiable_step(h, now._replace(lr=rate), rows)
+            present = [param for param in group["params"] if param.grad is not None]
+            rows = [Row(param, buckets.entry(self.state, param, h, self._options), param.grad) for param in present]
+            differentiable_step(h, now._replace(lr=group["lr"]), rows)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
         position, skipped = self._counters()
+        shown = {POSITION: position} if self._extras["gradient_accumulation_steps"] is not None else {}
+        shown |= {SKIPPED: skipped} if self._extras["skip_nonfinite"] else {}
         for group in self.param_groups:
-            if self._extras["gradient_accumulation_steps"] is not None:
-                group[POSITION] = position
-            if self._extras["skip_nonfinite"]:
-                group[SKIPPED] = skipped
+            group.update(shown)
         try:
             return dict(super().state_dict())
         finally:
@@ -354,14 +305,13 @@ class NAdam(Optimizer):  # type: ignore[misc]
             >>> with optimizer.swap_ema():
             ...     pass  # evaluate
         """
-        averaged = self._averaged()
-        kept = [joined(param.detach(), entry).clone() for param, entry in averaged]
+        kept = [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
         self.finalize()
         try:
             yield
         finally:
             with torch.no_grad():
-                for (param, entry), value in zip(averaged, kept, strict=True):
+                for param, entry, value in kept:
                     store(param, entry, value)
 
     @torch.no_grad()
@@ -375,15 +325,12 @@ class NAdam(Optimizer):  # type: ignore[misc]
             store(param, entry, entry["ema"])
 
     def _averaged(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Parameters that have an average, and their state; this process's shares of them."""
+        """This process's shares of parameters that have been updated, and of their state."""
         if not self._extras["use_ema"]:
             raise RuntimeError("use_ema=False: there is no moving average")
         entries = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
-        return [
-            (local(param), {name: local(value) for name, value in entry.items()})
-            for param, entry in entries
-            if float(entry["step"]) > 0
-        ]
+        updated = [(local(param), entry) for param, entry in entries if float(entry["step"]) > 0]
+        return [(param, {name: local(value) for name, value in entry.items()}) for param, entry in updated]
 
 
 def _is_observed(optimizer: Optimizer) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of parameter groups, checked: under PyTorch's names, and with its words where one is out of range."""
+"""The settings of parameter groups, under PyTorch's names and with its messages; checked only where they changed."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ COMPLAINTS = {
     "momentum_decay": "Invalid momentum_decay value",
 }
 SPELLING = {"beta1": "betas[0]", "beta2": "betas[1]", "coupled_weight_decay": "decoupled_weight_decay"}
+# Settings of a group, the last three without effect.
+DEFAULTS = (
+    *("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize"),
+    *("foreach", "capturable", "differentiable"),
+)
 # Settings of the whole optimizer, which are not a group's.
 EXTRAS = (
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "gradient_accumulation_steps",
-    "skip_nonfinite",
+    *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "ema_overwrite_frequency"),
+    *("gradient_accumulation_steps", "skip_nonfinite"),
 )
 # What of a group seldom changes; schedulers set the learning rate, and one of them a beta, at every step.
 _lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
 
 
 def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparameters:
-    """What a group has set."""
+    """The hyperparameters that a group has set."""
     rate, betas = group["lr"], group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas={betas!r}: expected two numbers")
@@ -49,9 +48,7 @@ def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparamet
             lr=rate,
             beta1=betas[0],
             beta2=betas[1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            momentum_decay=group["momentum_decay"],
+            **{name: group[name] for name in ("eps", "weight_decay", "momentum_decay")},
             coupled_weight_decay=not group["decoupled_weight_decay"],
             maximize=bool(group["maximize"]),
             spelling=SPELLING,
@@ -71,7 +68,7 @@ class Settings:
         self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters]] = {}
 
     def now(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Now]:
-        """The settings of the group of this number as they are at this step."""
+        """The settings of the group of this number at this step."""
         rate, lasting = group["lr"], _lasting(group)
         if isinstance(rate, Tensor):
             rate = rate.item() if rate.numel() == 1 else rate
@@ -85,7 +82,7 @@ class Settings:
         return h, h.at(0)
 
     def on_device(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Tensor | float, float, float]:
-        """The same for kernels that read the learning rate where it is: and it is not looked at."""
+        """Settings, learning rate and betas; a learning rate on a device is left there, unread and unchecked."""
         rate = group["lr"]
         if isinstance(rate, Tensor) and not rate.is_cpu:
             h, now = self.now(index, {**group, "lr": 0.0})

@@ -1,4 +1,7 @@
-"""Parameters that are split over processes (DTensors, as of FSDP2 and tensor parallelism): each does its own share."""
+"""Parameters that are split over processes (DTensors, as of FSDP2 and tensor parallelism): each does its own share.
+
+So no process gathers anything but the norms, where clipping asks for them.
+"""
 
 from __future__ import annotations
 
@@ -33,33 +36,33 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
 def combiner(params: Sequence[Tensor]) -> Callable[[list[float], bool], tuple[list[float], bool]] | None:
     """What makes norms of whole gradients from those of this process's shares; None where nothing is split.
 
-    The shares of a tensor are spread along some dimensions of its device mesh; one all-reduce along each of them, for
-    all tensors on that mesh together, also tells whether a value somewhere did not pass.
+    It also tells whether a value did not pass in any of the processes.
     """
-    alike = _alike(params)
-    if not alike:
+    combine_rows = device_combiner(params)
+    if combine_rows is None:
         return None
 
     def combine(norms: list[float], passed: bool) -> tuple[list[float], bool]:
         squares = [norm * norm for norm in norms] or [0.0] * len(params)
-        for (mesh, spread), members in alike.items():
-            own = [*(squares[i] for i in members), float(not passed)]
-            shares = torch.tensor(own, dtype=torch.float64, device=mesh.device_type)
-            for dim in spread:
-                torch.distributed.all_reduce(shares, group=mesh.get_group(dim))
-            *sums, failed = shares.tolist()
-            passed = passed and not failed
-            for i, total in zip(members, sums, strict=True):
-                squares[i] = total
-        return [sqrt(total) for total in squares], passed
+        rows = [(square, float(not passed)) for square in squares]
+        device = next(local(param).device for param in params if is_sharded(param))
+        sums, failed = combine_rows(torch.tensor(rows, dtype=torch.float64, device=device)).T.tolist()
+        return [sqrt(total) for total in sums], not any(failed)
 
     return combine
 
 
 @torch.no_grad()
 def device_combiner(params: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """The same for sums that stay on the device: a row for each parameter, in which everything may be added up."""
-    alike = _alike(params)
+    """What adds up a row for each parameter over the processes that have shares of it; None where nothing is split.
+
+    One all-reduce does all parameters that are split along the same dimension of the same device mesh.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, param in enumerate(params):
+        spread = tuple(d for d, kind in enumerate(param.placements) if kind.is_shard()) if is_sharded(param) else ()
+        if spread:
+            alike.setdefault((param.device_mesh, spread), []).append(i)
     if not alike:
         return None
     # All rows without an index, which would have to be brought to the device.
@@ -78,14 +81,3 @@ def device_combiner(params: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | No
         return entries
 
     return combine
-
-
-def _alike(params: Sequence[Tensor]) -> dict[tuple[Any, ...], list[int]]:
-    """Which parameters are split along which dimensions of which mesh."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, param in enumerate(params):
-        if is_sharded(param):
-            spread = tuple(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
-            if spread:
-                alike.setdefault((param.device_mesh, spread), []).append(i)
-    return alike

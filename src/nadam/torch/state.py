@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.scalars import momentum_product
+from nadam.torch.buckets import STATE_DTYPES, StateOptions, extra_state, new_state
 from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
@@ -79,7 +81,8 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
         raise ValueError(f"{where}: expected a dict, got {type(entry).__name__}")
     missing = [name for name in required if name not in entry]
     if missing and entry:
-        raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {_owner(required)}")
+        owner = "NAdam" if required is NADAM else "Adam or AdamW"
+        raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {owner}")
     kept = {}
     for name, value in entry.items():
         if name not in {*required, *OURS}:
@@ -109,24 +112,25 @@ def _check_ranges(where: str, entry: dict[str, Any]) -> None:
 
 
 def _placed(name: str, tensor: Tensor, param: Tensor) -> Tensor:
-    """On the parameter's device, in a dtype not narrower than it has."""
+    """A copy on the parameter's device, in a dtype not narrower than it has."""
     if name in SCALARS:
         return tensor.detach().to(torch.float64).clone()
-    wide = torch.promote_types(tensor.dtype, param.dtype) if name not in ("remainder",) else torch.int16
-    if param.dtype in (torch.bfloat16, torch.float16) and name != "remainder":
-        wide = torch.float32
+    wide = STATE_DTYPES.get(param.dtype, torch.promote_types(tensor.dtype, param.dtype))
+    if name == "remainder":
+        wide = torch.int16
     if is_sharded(param):
         return tensor.detach().to(wide)
     kept = torch.empty_like(param.detach(), dtype=wide, memory_format=torch.preserve_format)
     return kept.copy_(tensor)
 
 
-def _owner(required: tuple[str, ...]) -> str:
-    return "NAdam" if required is NADAM else "Adam or AdamW"
-
-
-def unwrapped(state: Mapping[Any, Any]) -> None:
-    """Put the tensors that were Kept in their places."""
-    for entry in state.values():
-        if isinstance(entry, dict):
-            entry.update({name: value.tensor for name, value in entry.items() if isinstance(value, Kept)})
+def complete(state: Mapping[Any, Any], extras: Mapping[str, Any], options: StateOptions) -> None:
+    """After loading: put the tensors that were Kept in their places, and make what another optimizer does not keep."""
+    h = Hyperparameters(**extras)
+    for param, entry in state.items():
+        entry.update({name: value.tensor for name, value in entry.items() if isinstance(value, Kept)})
+        for name in SCALARS & entry.keys():
+            value = entry[name]
+            entry[name] = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(torch.float64)
+        if entry and not entry.keys() >= set(extra_state(param, h, options)):
+            entry.update({**new_state(param, h, options), **entry})

@@ -1,4 +1,4 @@
-"""The kernel behind `pointers.Pointers`, compiled by Numba: it looks at all that a step is given, in one call."""
+"""The kernel behind `pointers.Pointers`, compiled by Numba: one call looks at all that a step is given."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,11 +38,7 @@ def numpy_array(array, wanted, words):
     """The address of an array's memory; -1 if it does not lie as wanted."""
     header = integers(array)
     flags, ndim = small_integers(array + 8 * at.STRUCT_FLAGS)[0], small_integers(array + 8 * at.STRUCT_NDIM)[0]
-    if (
-        header[at.DESCRIPTOR] != wanted[at.TYPE]
-        or ndim != wanted[at.NDIM]
-        or (flags & wanted[at.FLAGS]) != wanted[at.FLAGS]
-    ):
+    if header[at.DESCRIPTOR] != wanted[at.TYPE] or ndim != wanted[at.NDIM] or wanted[at.FLAGS] & ~flags != 0:
         return int64(-1)
     sizes, strides = integers(header[at.DIMENSIONS]), integers(header[at.STRIDES])
     for d in range(ndim):
@@ -53,7 +49,7 @@ def numpy_array(array, wanted, words):
 
 @njit(inline="always")
 def torch_tensor(tensor, wanted, words):
-    """The same of a tensor, whose flags are PyTorch's dispatch keys: sparse, negative, conjugate and so on."""
+    """The address of a tensor's memory; -1 if it, or a dispatch key (sparse, negative and so on), is not as wanted."""
     impl = integers(integers(tensor)[words[at.IMPL]])
     geometry = words[at.SIZES]
     if impl[geometry + at.DTYPE] & at.DTYPE_MASK != wanted[at.TYPE] or impl[geometry + at.KEYS] != wanted[at.FLAGS]:
@@ -146,10 +142,8 @@ def refresh(source: str) -> Any:
             address = look(array, wanted, words)
             if address == -1:
                 return
-            if (
-                address == cell[0] or wanted[at.LOW] == wanted[at.HIGH]
-            ):  # nothing else has moved, so it is apart as before
-                continue
+            if address == cell[0] or wanted[at.LOW] == wanted[at.HIGH]:
+                continue  # nothing else has moved, so it is apart as before
             if i < fixed or (address & (wanted[at.ALIGNMENT] - 1)) != 0:
                 return
             if not apart(b, address + wanted[at.LOW], address + wanted[at.HIGH]):

@@ -1,7 +1,6 @@
-"""Number formats in a GPU's memory, and the few functions that the rule is compiled with.
+"""Number formats in a GPU's memory, and the functions that the rule is compiled with.
 
-Of formats.py these are twins to the bit: bfloat16 is 16 bits of an integer there and here, so that a parameter which is
-split into bfloat16 and remainder, and a first moment that is rounded by chance, are the same whoever computed them.
+They give the bits of kernels/cpu/formats.py, so that state which one of them wrote goes on at the other.
 """
 
 import math
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nadam.core import gradient, scalars
-from nadam.core.dtypes import SPLIT
+from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT
 from nadam.core.rebind import bind_element, bind_scalars
 from nadam.core.scalars import Scalars
 from nadam.kernels.gpu.source import compiled, jitted
@@ -82,41 +81,47 @@ clip_factor = compiled(gradient.clip_factor, minimum=minimum, maximum=maximum, T
 global_clip_factor = compiled(gradient.global_clip_factor, clip_factor=clip_factor)
 
 
-@triton.jit
-def place(address, start, ELEMENT: tl.constexpr, WIDE: tl.constexpr):
-    """Pointer to an element of a tensor that begins at an address.
+@triton.constexpr_function
+def memory_type(FORMAT):
+    """How an element of a format is loaded; a bfloat16 as 16 bits, like what is "bits" to begin with."""
+    known = {"float16": tl.float16, "float32": tl.float32, "float64": tl.float64}
+    return known.get(FORMAT, tl.uint16)
 
-    With WIDE it is known to be a multiple of 16 bytes, whereupon the compiler moves 16 bytes at once.
-    """
-    pointer = address.to(tl.pointer_type(ELEMENT)) + start
+
+@triton.jit
+def place(address, start, FORMAT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to BLOCK elements of a tensor; with WIDE the compiler knows that they begin at 16 bytes."""
+    pointer = address.to(tl.pointer_type(memory_type(FORMAT))) + start
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return pointer + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def load(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """BLOCK elements, of which only the first ``left`` are there.
+def load(
+    address, start, left, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    MAY_BE_ABSENT: tl.constexpr = False,
+):  # fmt: skip
+    """The first ``left`` of BLOCK elements, widened, else zeros; zeros of an absent tensor, at address 0.
 
     For 16 bytes at once the compiler must also see that ``left`` is a multiple of so many elements.
     """
-    offsets = tl.arange(0, BLOCK)
-    return tl.load(place(address, start, ELEMENT, WIDE) + offsets, mask=offsets < left, other=0)
+    there = tl.arange(0, BLOCK) < left
+    if MAY_BE_ABSENT:  # a condition made into a block is no mask to the interpreter
+        there = (tl.full((BLOCK,), address, tl.int64) != 0) & there
+    values = tl.load(place(address, start, FORMAT, BLOCK, WIDE), mask=there, other=0)
+    if FORMAT == "bfloat16":
+        values = widen_bfloat16(values)
+    if FORMAT != "bits":
+        values = values.to(memory_type(COMPUTE))
+    return values
 
 
 @triton.jit
-def load_if(address, start, left, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """As `load`; zeros, and no memory touched, where there is no such tensor, at address 0."""
-    offsets = tl.arange(0, BLOCK)
-    there = tl.full((BLOCK,), address, tl.int64) != 0  # a condition made into a block is no mask to the interpreter
-    return tl.load(place(address, start, ELEMENT, WIDE) + offsets, mask=there & (offsets < left), other=0)
-
-
-@triton.jit
-def store(address, start, left, values, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The way back."""
-    offsets = tl.arange(0, BLOCK)
-    tl.store(place(address, start, ELEMENT, WIDE) + offsets, values, mask=offsets < left)
+def store(address, start, left, values, FORMAT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Narrow values to a format, to nearest, and store the first ``left`` of them."""
+    there = tl.arange(0, BLOCK) < left
+    tl.store(place(address, start, FORMAT, BLOCK, WIDE), narrow(values, FORMAT), mask=there)
 
 
 @triton.jit
@@ -164,7 +169,7 @@ def join_bfloat16(half, rest):
 
 @triton.jit
 def hash32(index, key):
-    """32 bits for an element of a tensor that look like chance, as in formats.py."""
+    """32 bits that look like chance, of an element and a key: those of `kernels.cpu.plan.hash32`."""
     x = (index.to(tl.uint32) * 0x9E3779B9) ^ key
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -181,14 +186,6 @@ def narrow_bfloat16_stochastic(value, chance):
 
 
 @triton.jit
-def widen(values, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
-    """What was loaded in a format, in the dtype that is computed in."""
-    if FORMAT == "bfloat16":
-        values = widen_bfloat16(values)
-    return values.to(COMPUTE)
-
-
-@triton.jit
 def narrow(values, FORMAT: tl.constexpr):
     """What to store in a format, to nearest."""
     if FORMAT == "bfloat16":
@@ -200,14 +197,6 @@ def narrow(values, FORMAT: tl.constexpr):
     return values
 
 
-# How an element of a format is loaded.
-ELEMENTS = {
-    "float16": tl.float16,
-    "bfloat16": tl.uint16,
-    SPLIT: tl.uint16,
-    "float32": tl.float32,
-    "float64": tl.float64,
-}
 INFINITY = tl.constexpr(math.inf)
 
 
@@ -218,17 +207,21 @@ def _as_it_is(param):
 
 @triton.jit
 def _read_back_bfloat16(param):
-    return widen(narrow(param, "bfloat16"), "bfloat16", tl.float32)
+    return widen_bfloat16(narrow_bfloat16(param))
 
 
 @triton.jit
 def _read_back_float16(param):
-    return widen(narrow(param, "float16"), "float16", tl.float32)
+    return param.to(tl.float16).to(tl.float32)
 
 
 _element = bind_element(compiled, sqrt=root, minimum=minimum, maximum=maximum, where=_where)["element"]
-# By what is read back of a parameter that is stored.
-element, element_bfloat16, element_float16 = map(_element, (_as_it_is, _read_back_bfloat16, _read_back_float16))
+# What an element goes through, by the parameter's format: what is read back of it differs.
+ELEMENT = {
+    **dict.fromkeys(COMPUTE_DTYPE, _element(_as_it_is)),
+    "bfloat16": _element(_read_back_bfloat16),
+    "float16": _element(_read_back_float16),
+}
 # The scalars that lie at an address.
 _loads = ", ".join(f"tl.load(address + {i})" for i in range(len(Scalars._fields)))
 scalars_at = jitted(f"def scalars_at(address):\n    return Scalars({_loads})", "scalars_at", {"Scalars": Scalars})

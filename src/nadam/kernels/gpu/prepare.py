@@ -1,46 +1,46 @@
 """What a step does, decided on the device: partial sums, loss scale, learning rate and counters -> the step's scalars.
 
-The host never asks how a step went, so a step can be part of a CUDA graph, and what it does may differ from replay to
-replay: nothing where a gradient is not finite, an addition to the accumulators, or an update. All in float64, by the
-functions of the core; its counters lie as those of `core.clock.Counters` do.
+So the host never asks how a step went, and a CUDA graph may skip, accumulate or update at each replay. All is in
+float64, by the functions of the core, and the counters lie as in `core.counters.Counters`.
 """
 
 import triton
 import triton.language as tl
 
 from nadam.core import counters
-from nadam.core.dtypes import SHRINK, SMALLEST_NORMAL
+from nadam.core.dtypes import SMALLEST_NORMAL
 from nadam.core.scalars import Scalars, Settings
-from nadam.kernels import layout as at
-from nadam.kernels.gpu.formats import (
-    INFINITY,
-    clamp_eps,
-    clip_factor,
-    global_clip_factor,
-    hash32,
-    step_scalars,
+from nadam.kernels.gpu.formats import INFINITY, clamp_eps, clip_factor, global_clip_factor, hash32, step_scalars
+from nadam.kernels.gpu.passes import (
+    _ACCUMULATE,
+    _COLUMNS,
+    _FACTOR,
+    _FIRST,
+    _GRAD,
+    _KEY,
+    _MODE,
+    _PARTIALS,
+    _SHRINK,
+    _SKIP,
+    _UPDATE,
 )
-from nadam.kernels.gpu.passes import KEY, PARTIALS, SCALARS
 
 WARPS = 8
 BLOCK = 2048  # partial sums, or tensors, at once
 # What `prepare` reports of a step: the mode, updates so far, learning rate, norm, factor of clipping, skipped calls.
 REPORT = ("mode", "step", "learning_rate", "grad_norm", "clip_factor", "skipped_steps")
 
-_MODE, _FACTOR = (tl.constexpr(SCALARS.index(name)) for name in ("mode", "factor"))
-_FIRST, _COUNT = tl.constexpr(SCALARS.index(Scalars._fields[0])), tl.constexpr(len(Scalars._fields))
-_EPS = tl.constexpr(Scalars._fields.index("eps"))
+_REPORTED = tl.constexpr(len(REPORT))
+_COUNT, _EPS = tl.constexpr(len(Scalars._fields)), tl.constexpr(Scalars._fields.index("eps"))
 _CALLS, _PRODUCT, _SKIPPED, _SEEN = (
     tl.constexpr(i) for i in (counters.CALLS, counters.MOMENTUM_PRODUCT, counters.SKIPPED, counters.SEEN)
 )
 _SMALLEST32, _SMALLEST64 = (tl.constexpr(SMALLEST_NORMAL[name]) for name in ("float32", "float64"))
-_PARTIALS, _SHRINK = tl.constexpr(PARTIALS), tl.constexpr(SHRINK["float64"])
-_COLUMNS, _GRAD, _KEY = tl.constexpr(at.COLUMNS), tl.constexpr(at.GRAD), tl.constexpr(KEY)
 
 
 @triton.jit
-def _put(scalars32, scalars64, index, value):
-    tl.store(scalars32 + index, value.to(tl.float32))
+def _put(scalars32, scalars64, index, value, in_float32):
+    tl.store(scalars32 + index, in_float32.to(tl.float32))
     tl.store(scalars64 + index, value)
 
 
@@ -134,13 +134,12 @@ def prepare(
     s, next_product = step_scalars(settings, step, step, product, multiplier, _wide(_SMALLEST64))
     for i in tl.static_range(_COUNT):
         value = _wide(s[i])
-        tl.store(scalars64 + _FIRST + i, value)
-        if i == _EPS:
-            value = clamp_eps(value, value, _wide(_SMALLEST32))
-        tl.store(scalars32 + _FIRST + i, value.to(tl.float32))
-    _put(scalars32, scalars64, _FACTOR, spread * factor)
-    mode = tl.where(passed, tl.where(updating, 2.0, 1.0), 0.0).to(tl.float64)
-    _put(scalars32, scalars64, _MODE, mode)
+        _put(
+            scalars32, scalars64, _FIRST + i, value, clamp_eps(value, value, _wide(_SMALLEST32)) if i == _EPS else value
+        )
+    _put(scalars32, scalars64, _FACTOR, spread * factor, spread * factor)
+    mode = _wide(tl.where(passed, tl.where(updating, _UPDATE, _ACCUMULATE), _SKIP))
+    _put(scalars32, scalars64, _MODE, mode, mode)
     if ROUNDED:
         tl.store(key, hash32(step.to(tl.int64), seed.to(tl.uint32)).to(tl.int32, bitcast=True))
 
@@ -178,9 +177,6 @@ def prepare(
     tl.store(counters + _PRODUCT, tl.where(passed & updating, next_product, product))
     skipped = tl.where(passed, skipped, skipped + 1.0)
     tl.store(counters + _SKIPPED, skipped)
-    tl.store(report, mode)
-    tl.store(report + 1, tl.where(passed & updating, step, step - 1.0))
-    tl.store(report + 2, rate)
-    tl.store(report + 3, norm)
-    tl.store(report + 4, factor)
-    tl.store(report + 5, skipped)
+    reported = (mode, tl.where(passed & updating, step, step - 1.0), rate, norm, factor, skipped)
+    for i in tl.static_range(_REPORTED):
+        tl.store(report + i, reported[i])

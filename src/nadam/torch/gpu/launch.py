@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels, without what Triton itself does anew at each of them."""
+"""Launches of Triton's kernels, without finding the machine code anew, which takes Triton several times a launch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, programs: int, args: Sequence[Any], *, warps: int, **constants: Any) -> None:
-    """Launch a kernel on PyTorch's current device and stream.
+    """Launch a kernel on PyTorch's current device and stream, as it was compiled for arguments of the same dtypes.
 
-    Finding the machine code for some arguments takes Triton several times as long as launching it; here it is found
-    once for arguments of the same dtypes. So a pointer whose alignment differs from launch to launch has to be named in
-    the kernel's ``do_not_specialize_on_alignment``, and a number in its ``do_not_specialize``; all others are the
-    beginning of an allocation.
+    So a pointer whose alignment may differ has to be named in the kernel's ``do_not_specialize_on_alignment``, and a
+    number in its ``do_not_specialize``; all others are the beginning of an allocation.
     """
-    key = (id(kernel), args[0].device, *map(_kind, args), *constants.values())
+    kinds = (getattr(arg, "dtype", type(arg)) for arg in args)
+    key = (id(kernel), args[0].device, *kinds, *constants.values())
     known = _compiled.get(key)
     if known is not None:
         compiled, values = known
@@ -33,10 +32,6 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], *, warps: int, **con
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
-def _kind(arg: Any) -> Any:
-    return getattr(arg, "dtype", type(arg))
-
-
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """In which a device is PyTorch's current one, where Triton launches."""
+    """Makes a device PyTorch's current one, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

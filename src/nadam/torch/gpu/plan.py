@@ -1,4 +1,4 @@
-"""What is kept on a GPU of parameters that are updated together: tables, counters, scalars."""
+"""Tables, counters and scalars of parameters that are updated together, on their GPU, so that no step waits for it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SEEN
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.gpu.passes import SCALARS
-from nadam.torch.gpu.tables import Array, State, Tables
+from nadam.torch.gpu.tables import State, Tables
+from nadam.torch.memory import Array
 
 
 class DevicePlan:
     """Parameters that have been updated equally often, with their counters, on one GPU.
 
     Attributes:
-        counters: float64, on the device, laid out as those of `core.clock.Counters`.
+        counters: float64, on the device, laid out as in `core.counters.Counters`.
+        fits: `Tables.fits` of its tables.
     """
 
     def __init__(
@@ -32,9 +34,9 @@ class DevicePlan:
         decays: Sequence[bool] | None = None,
         written: Sequence[Array] | None = None,
     ) -> None:
-        self.tables = Tables(params, states, grads, decays, written)
-        self.seed, self.device = seed, self.tables.device
-        count = self.tables.count
+        self.tables = tables = Tables(params, states, grads, decays, written)
+        self.seed, self.device, self.fits = seed, tables.device, tables.fits
+        count = tables.count
         self.counters = self._zeros(SEEN + 3 * count)
         steps, products = self.counters[SEEN + count :].view(2, count)
         for name, kept in (("step", steps), ("mu_product", products)):
@@ -56,7 +58,3 @@ class DevicePlan:
 
     def _zeros(self, count: int, dtype: str = "float64") -> Tensor:
         return torch.zeros(count, dtype=getattr(torch, dtype), device=self.device)
-
-    def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """As of `Tables`."""
-        return self.tables.fits(grads)

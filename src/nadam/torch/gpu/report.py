@@ -1,4 +1,4 @@
-"""What a step on GPUs did, once somebody asks."""
+"""What a step on GPUs did: read only when somebody asks, so that a step need not wait for the device."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from nadam.kernels.gpu.passes import SKIP, UPDATE
 
 
 class DeviceReport:
-    """What a step on a GPU did, as of `StepReport`; whoever looks waits for the device.
-
-    Of a step in a CUDA graph it tells what the last replay did.
-    """
+    """The attributes of `StepReport`, read from the device; of a step in a CUDA graph, what its last replay did."""
 
     def __init__(self, values: Sequence[Tensor], measured: bool, clipped: bool, skipped: int = 0) -> None:
         self._values, self._measured, self._clipped, self._skipped = values, measured, clipped, skipped
 
     def and_of(self, others: Sequence[DeviceReport]) -> DeviceReport:
-        """One of this device and others, of the same step."""
+        """The report of a step on this device and others."""
         values = [value for report in (self, *others) for value in report._values]
         return DeviceReport(values, self._measured, self._clipped, self._skipped)
 
     def read(self) -> StepReport:
-        """The report as it is now."""
+        """The report as it is now; waits for the device."""
         rows = [row for values in self._values for row in values.tolist()]
         mode, step, lr, norm, _, skipped = rows[0]
         factor = min((row[4] for row in rows), key=lambda value: (value == value, value))  # a NaN before all others

@@ -1,4 +1,4 @@
-"""A step on one GPU: what is launched, in which order. Nothing of it is brought to the host."""
+"""A step on GPUs: what is launched, in which order. Two to four launches, and nothing is brought to the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nadam.core.dtypes import COMPUTE_DTYPE
 from nadam.core.gradient import Check
-from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.kernels.gpu import passes as kernels
 from nadam.kernels.gpu import prepare as preparing
-from nadam.kernels.gpu.formats import ELEMENTS
+from nadam.kernels.gpu.formats import ELEMENT
 from nadam.torch.gpu.launch import launch, on
 from nadam.torch.gpu.plan import DevicePlan
 from nadam.torch.gpu.report import DeviceReport
@@ -64,7 +64,7 @@ def step(
 def step_on_devices(
     buckets: Sequence[Bucket], *, scale: Tensor | None, found: Tensor | None, combine: Combine | None, skipped: int
 ) -> DeviceReport:
-    """The same for buckets on several devices, whose norms are of all of them together."""
+    """Do one call for buckets on one or several devices; a norm is that of all of them together."""
     devices = list(dict.fromkeys(bucket.plan.device for bucket in buckets))
     if len(devices) == 1:
         return step(buckets, scale=scale, found=found, combine=combine, skipped=skipped)
@@ -118,13 +118,7 @@ def measured(
 
 
 def _measure(
-    plan: DevicePlan,
-    h: Hyperparameters,
-    kind: Kind,
-    partials: Tensor,
-    scale: Tensor | None,
-    inv_scale: float,
-    check: Check,
+    plan: DevicePlan, h: Hyperparameters, kind: Kind, partials: Tensor, scale: Any, inv_scale: float, check: Check
 ) -> None:
     compute = COMPUTE_DTYPE[kind.param_format]
     largest = torch.finfo(getattr(torch, compute)).max
@@ -136,8 +130,7 @@ def _measure(
         (plan.tables.rows, kind.chunks, partials, plan.counters, scale, inv_scale, bound, calls),
         warps=kernels.WARPS,
         GRAD=kind.grad_format,
-        GRAD_ELEMENT=ELEMENTS[kind.grad_format],
-        COMPUTE=ELEMENTS[compute],
+        COMPUTE=compute,
         ACCUMULATED=h.gradient_accumulation_steps is not None,
         CHECKED=check is not Check.NOTHING,
         BLOCK=kind.block,
@@ -168,18 +161,11 @@ def moved(
     return DeviceReport([values], entries is not None, h.clips_by_norm, skipped)
 
 
-def _prepare(
-    bucket: Bucket,
-    entries: Tensor | None,
-    own: Tensor | None,
-    report: Tensor,
-    scale: Tensor | None,
-    found: Tensor | None,
-    inv_scale: float,
-) -> None:
+def _prepare(bucket: Bucket, entries: Any, own: Any, report: Tensor, scale: Any, found: Any, inv_scale: float) -> None:
     plan, h, lr = bucket.plan, bucket.h, bucket.lr
     on_device = isinstance(lr, Tensor) and lr.device == plan.device
     clip = next((clip for clip in (h.clipnorm, h.global_clipnorm, h.clipvalue) if clip is not None), inf)
+    settings = h.settings(Now(0.0 if on_device else float(lr), bucket.beta1, bucket.beta2))
     args = (
         plan.counters,
         plan.tables.rows,
@@ -199,14 +185,9 @@ def _prepare(
         0 if entries is None else len(entries),
         inv_scale,
         float(h.gradient_accumulation_steps or 1),
-        0.0 if on_device else float(lr),
-        float(bucket.beta1),
-        float(bucket.beta2),
-        float(h.eps),
-        float(h.momentum_decay),
-        float(h.weight_decay or 0.0),
-        float(clip),
-        float(h.ema_momentum),
+        *settings[:6],
+        clip,
+        settings.ema_momentum,
         -1.0 if h.maximize else 1.0,
         plan.seed,
     )
@@ -227,7 +208,7 @@ def _prepare(
 
 
 def _update(plan: DevicePlan, h: Hyperparameters, kind: Kind) -> None:
-    compute = COMPUTE_DTYPE[kind.param_format]
+    compute, flags = COMPUTE_DTYPE[kind.param_format], h.flags
     launch(
         kernels.one_pass,
         kind.programs,
@@ -235,12 +216,12 @@ def _update(plan: DevicePlan, h: Hyperparameters, kind: Kind) -> None:
         warps=kernels.WARPS,
         PARAM=kind.param_format,
         GRAD=kind.grad_format,
-        PARAM_ELEMENT=ELEMENTS[kind.param_format],
-        GRAD_ELEMENT=ELEMENTS[kind.grad_format],
-        ACCUMULATED=h.gradient_accumulation_steps is not None,
-        LIMITED=h.clipvalue is not None,
-        AVERAGED=h.use_ema,
-        COUPLED=h.coupled_weight_decay and bool(h.weight_decay),
+        COMPUTE=compute,
+        ELEMENT=ELEMENT[kind.param_format],
+        ACCUMULATED=flags.accumulated,
+        LIMITED=flags.limited,
+        COUPLED=flags.penalized,
+        AVERAGED=flags.averaged,
         ROUNDED=kind.rounded,
         EACH=h.clipnorm is not None,
         BLOCK=kind.block,

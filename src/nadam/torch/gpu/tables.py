@@ -1,4 +1,7 @@
-"""Tensors on one GPU in the tables of its kernels: addresses, chunks, and what of them has to be launched."""
+"""Tensors on one GPU in the tables of its kernels: addresses, chunks, and what of them has to be launched.
+
+One launch then takes all tensors of a format, and nothing is uploaded while the gradients lie where they lay.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,8 @@ from nadam.kernels import layout as at
 from nadam.kernels.cpu.pointers import Pointers
 from nadam.kernels.gpu.passes import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
 from nadam.kernels.strides import address, bounds, overlapping
-from nadam.torch.memory import FORMATS, Methods, check_apart, footprint, lie, watching
+from nadam.torch.memory import FORMATS, Array, Methods, check_apart, footprint, watching
 
-Array = NDArray[Any]
 State = dict[str, Any]
 COLUMNS = {
     "exp_avg": at.EXP_AVG,
@@ -71,32 +73,25 @@ class Tables:
         decays: Sequence[bool] | None = None,
         written: Sequence[Array] | None = None,
     ) -> None:
-        self.params, self.states = list(params), list(states)
-        self.device = params[0].device
+        self.params, self.device = list(params), params[0].device
         for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
             if grad is not None and grad.shape != param.shape:
                 raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
-        kept = [[state.get(name) for name in COLUMNS] for state in self.states]
-        if written is None:
-            named = [(f"params[{i}]", t) for i, p in enumerate(params) for t in (p, *kept[i]) if t is not None]
-            written = check_apart(named, [])
-        self._written = written
-        ranges = sorted(bounds(array) for array in written if array.size)
-        self._lows = np.array([low for low, _ in ranges], np.int64)
-        self._highs = np.maximum.accumulate(np.array([high for _, high in ranges], np.int64))
-        formats = [
-            _formats(param, grad, state) for param, grad, state in zip(self.params, grads, self.states, strict=True)
-        ]
+        columns: dict[int, list[Any]] = {at.PARAM: self.params}
+        columns |= {column: [state.get(name) for state in states] for name, column in COLUMNS.items()}
+        named = [(f"params[{i}]", t) for ts in columns.values() for i, t in enumerate(ts) if t is not None]
+        self._written = check_apart(named, []) if written is None else written
+        ranges = sorted(bounds(array) for array in self._written if array.size)
+        self._lows, self._highs = np.array(ranges, np.int64).reshape(-1, 2).T
+        self._highs = np.maximum.accumulate(self._highs)
+        self._formats = formats = list(map(_formats, params, grads, states))
         kinds = sorted(set(formats))
         self.order = sorted(range(len(params)), key=lambda i: kinds.index(formats[i]))
-        self._formats = formats
         self._host = np.zeros((len(params), at.COLUMNS), np.int64)
-        for row, i in zip(self._host, self.order, strict=True):
-            row[at.PARAM] = self.params[i].data_ptr()
-            for name, column in COLUMNS.items():
-                row[column] = self.states[i][name].data_ptr() if self.states[i].get(name) is not None else 0
-            row[KEY] = i
-            row[FLAGS] = 0 if decays is None or decays[i] else EXCLUDED
+        for column, tensors in columns.items():
+            self._host[:, column] = [0 if tensors[i] is None else tensors[i].data_ptr() for i in self.order]
+        self._host[:, KEY] = self.order
+        self._host[:, FLAGS] = [0 if decays is None or decays[i] else EXCLUDED for i in self.order]
         chunks = at.cut_into_chunks([self.params[i].numel() for i in self.order], CHUNK)
         ends = np.searchsorted(chunks[:, at.TENSOR], np.arange(len(params) + 1))
         self.count, self.chunk_count = len(params), len(chunks)
@@ -109,27 +104,23 @@ class Tables:
                 self.kinds.append(Kind(*kind, first, last - first, self.chunks[first:last]))
         self.rows = torch.zeros((self.count, at.COLUMNS), dtype=torch.int64, device=self.device)
         self._uploaded = np.full(self.count, -1, np.int64)  # where gradients lie in the device's table
-        places = np.argsort(self.order)
-        self._cells = address(self._host) + 8 * at.COLUMNS * places  # of each parameter's row
-        self._fixed = [t for param, own in zip(params, kept, strict=True) for t in (param, *own) if t is not None]
-        self._lie = list(map(lie, self._fixed))
+        # Where the host's table keeps the address of each parameter's gradient.
+        self._cells = (address(self._host) + 8 * (at.GRAD + at.COLUMNS * np.argsort(self.order))).tolist()
+        self._fixed = [tensor for _, tensor in named]
+        self._fixed_watch = watching(self._fixed)
+        self._watch: Pointers | Methods | None = None  # the same with gradients, where none is missing or copied
         self._reserve: list[Tensor] = []  # pinned, for uploads while a graph is being captured
         self._captured: list[Tensor] = []  # which those graphs copy from
-        self._watch: Pointers | Methods | None = None
         self._copies: list[Tensor] = []
         self._take(grads)
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether gradients, as they are, have the formats that this was made for.
-
-        If so, their addresses are in the table now. While they lie where those of the last call did, nothing is
-        uploaded.
-        """
+        """Whether this still holds with these gradients; if so, the device's table has their addresses now."""
         if len(grads) != self.count:
             return False
         if self.fits_at_once(grads):
             return True
-        if list(map(lie, self._fixed)) != self._lie:
+        if not self._fixed_watch.fits([]):
             return False
         for grad, param, (_, grad_format, _) in zip(grads, self.params, self._formats, strict=True):
             if grad is not None and (FORMATS.get(grad.dtype) != grad_format or grad.shape != param.shape):
@@ -138,7 +129,7 @@ class Tables:
         return True
 
     def fits_at_once(self, grads: Sequence[Tensor | None]) -> bool:
-        """The same, asked of all tensors at once; False also where that is not enough to know."""
+        """The same by one look at all tensors; False also where that is not enough to know."""
         if self._watch is None or not self._watch.fits(grads if type(grads) is list else list(grads)):
             return False
         self._copies = []
@@ -158,8 +149,7 @@ class Tables:
         self._upload()
         present = [grad for grad in grads if grad is not None]
         if self._watch is None and not self._copies and len(present) == self.count:
-            cells = (int(cell) + 8 * at.GRAD for cell in self._cells)
-            self._watch = watching(self._fixed, list(zip(present, cells, strict=True)), self._written)
+            self._watch = watching(self._fixed, list(zip(present, self._cells, strict=True)), self._written)
 
     def _check_apart(self, pointers: list[int], grads: Sequence[Tensor | None]) -> None:
         begins = np.array(pointers, np.int64)
@@ -174,7 +164,7 @@ class Tables:
             raise ValueError(f"grads[{i}]: it shares memory with a variable or the optimizer's state")
 
     def _upload(self) -> None:
-        """Bring the table to the device, if it is another one than there."""
+        """Bring the table to the device, if gradients lie elsewhere than in the one that is there."""
         rows = self._host
         if (rows[:, at.GRAD] == self._uploaded).all():
             return
@@ -209,8 +199,7 @@ class Tables:
 
 def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:
     own = FORMATS[param.dtype]
-    split = state.get("remainder") is not None
-    rounded = state["exp_avg"].dtype == torch.bfloat16
+    split, rounded = state.get("remainder") is not None, state["exp_avg"].dtype == torch.bfloat16
     return SPLIT if split else own, own if grad is None else FORMATS[grad.dtype], rounded
 
 
