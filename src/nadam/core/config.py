@@ -147,12 +147,7 @@ def from_config(name: str, value: Any, custom_objects: Mapping[str, Any] | None 
 
 
 def serialize(schedule: Any) -> dict[str, Any]:
-    """Describe a schedule by its class and its config.
-
-    Example:
-        >>> serialize(schedules.PiecewiseConstantDecay([5], [0.1, 0.01]))["config"]["values"]
-        [0.1, 0.01]
-    """
+    """A schedule's class and config, as JSON can hold them."""
     for method in ("get_config", "from_config"):
         if not callable(getattr(schedule, method, None)):
             raise ValueError(f"schedule={schedule!r}: cannot be saved, expected an object with {method}()")
@@ -161,12 +156,7 @@ def serialize(schedule: Any) -> dict[str, Any]:
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """Make a schedule from what ``serialize`` gave; imports nothing.
-
-    Example:
-        >>> deserialize(serialize(schedules.ExponentialDecay(0.1, 100, 0.5)))(100)
-        0.05
-    """
+    """The schedule that `serialize` described; nothing is imported for it."""
     if not (isinstance(config, Mapping) and isinstance(config.get("class_name"), str) and "config" in config):
         raise ValueError(f"config={config!r}: expected a dict with class_name and config")
     class_name, module, custom = config["class_name"], config.get("module"), custom_objects or {}

@@ -41,7 +41,11 @@ class Runtime:
         self.report: StepReport | None = None  # of the last eager step
         self.reported_at = (0, 0)  # calls and skipped ones after it
         self.window: tuple[int, set[int]] = (0, set())  # calls so far, and which had a gradient since the last update
-        self._forget()
+        self.exclusive = Exclusive()
+        self.counters: Counters | None = None
+        self.unsynced: bool = False  # whether the counters may be ahead of the variables
+        self.on_cpu = False
+        self.plans: dict[Any, Any] = {}
 
     def note(self, calls: int, report: StepReport) -> None:
         """Keep what an eager step did."""
@@ -55,20 +59,12 @@ class Runtime:
         """After a call: these variables had a gradient in it."""
         self.window = calls + 1, set() if updated else self.seen(calls) | set(members)
 
-    def _forget(self) -> None:
-        self.exclusive = Exclusive()
-        self.counters: Counters | None = None
-        self.unsynced: bool = False  # whether the counters may be ahead of the variables
-        self.on_cpu = False
-        self.plans: dict[Any, Any] = {}
-
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to this one's memory."""
         return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.__dict__.update(vars(Runtime()) | state)
 
 
 class Backend:
@@ -98,10 +94,6 @@ class Backend:
     def is_traced(self, value: Any) -> bool:
         """Whether a value is a tensor that is known only when a compiled program runs."""
         return False
-
-    def number(self, value: Any) -> Any:
-        """A scalar as a float; where it is traced, itself."""
-        return float(value)
 
     def call_on_host(
         self, optimizer: Optimizer, function: Callable[[int], tuple[float, ...]], calls: Any, count: int

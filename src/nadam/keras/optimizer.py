@@ -93,16 +93,12 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
         shared = {field: getattr(hyper, field) for field in FIELDS if field not in (*SPELLING, *_UNCHANGED)}
         super().__init__(learning_rate=hyper.lr if callable(hyper.lr) else 0.0, name=name, **shared)
-        if not callable(hyper.lr):
-            self._learning_rate = self._new_learning_rate(hyper.lr)
-        self._runtime = Runtime()
-
-    def _new_learning_rate(self, value: float) -> Any:
-        """A variable for the learning rate, in place of Keras's, which has half precision where everything has."""
-        if isinstance(self._learning_rate, keras.Variable):
+        if not callable(hyper.lr):  # in a variable of its own: Keras's has half precision where everything has
             self._untrack_variable(self._learning_rate)
-        dtype, initializer = COMPUTE_DTYPE[keras.config.floatx()], keras.initializers.Constant(value)
-        return self.add_variable((), initializer, dtype, aggregation="only_first_replica", name="learning_rate")
+            kind = {"dtype": COMPUTE_DTYPE[keras.config.floatx()], "aggregation": "only_first_replica"}
+            initializer = keras.initializers.Constant(hyper.lr)
+            self._learning_rate: Any = self.add_variable((), initializer, name="learning_rate", **kind)
+        self._runtime = Runtime()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """For a setting, the value of a variable: Keras would take the variable itself for one of the optimizer's."""
