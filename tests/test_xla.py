@@ -34,10 +34,6 @@ class Library:
 XP = Library()
 
 
-def kernel(h, *given):
-    return ffi.one_pass(*given, flags=h.flags)
-
-
 def state(h, dtype, grad_dtype, seed=0):
     rng = np.random.default_rng(seed)
     tensors, grads = [], []
@@ -60,8 +56,8 @@ def updated(h, tensors, grads, one_pass):
 
     def update(tensors, grads, product, updates):
         now = Now(lr=0.01, beta1=0.9, beta2=0.999)
-        arguments = (XP, h, now, updates, product, tensors, grads, infos)
-        return traced.update(*arguments, inv_scale=0.5, barrier=jax.lax.optimization_barrier, one_pass=one_pass)
+        means = traced.Means(None, jax.lax.optimization_barrier, one_pass)
+        return traced.update(XP, h, infos, means, traced.Progress(updates, product, tensors), grads, now, 0.5)
 
     compiled = jax.jit(update, donate_argnums=0)
     arguments = (tensors, grads, jnp.float32(0.3), jnp.int32(3))
@@ -81,8 +77,8 @@ SETTINGS = [
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")], ids=str)
 def test_equal_to_the_loops_of_xla(settings, dtypes):
     h = Hyperparameters(**settings)
-    loops, (expected, *_) = updated(h, *state(h, *dtypes), None)
-    calls, (found, *_) = updated(h, *state(h, *dtypes), kernel)
+    loops, (expected, *_) = updated(h, *state(h, *dtypes), lambda *_: {})
+    calls, (found, *_) = updated(h, *state(h, *dtypes), ffi.one_pass)
     assert "nadam-one_pass" in calls
     assert "nadam-one_pass" not in loops
     for one, other in zip(found, expected, strict=True):
@@ -104,8 +100,9 @@ def test_nothing_is_copied():
     tensor = traced.Tensor(*(jnp.ones(shape) for _ in range(3)), None, None)
 
     def update(tensors, grads):
-        arguments = (XP, h, Now(0.1, 0.9, 0.999), 0, jnp.float32(1.0), tensors, grads, [traced.ParamInfo(False, None)])
-        return traced.update(*arguments, inv_scale=1.0, one_pass=kernel).tensors
+        means, before = traced.Means(None, one_pass=ffi.one_pass), traced.Progress(0, jnp.float32(1.0), tensors)
+        infos, now = [traced.ParamInfo(False, None)], Now(0.1, 0.9, 0.999)
+        return traced.update(XP, h, infos, means, before, grads, now, 1.0).tensors
 
     compiled = jax.jit(update, donate_argnums=0).lower([tensor], [jnp.ones(shape)]).compile()
     assert compiled.cost_analysis()["bytes accessed"] / shape[0] < 0.1
@@ -119,8 +116,8 @@ def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
     tensors, grads = state(h, "float32", "float32")
     infos = [traced.ParamInfo(False, abs if i == 1 else None) for i in range(len(tensors))]
     grads[2], grads[3] = grads[2].astype("float8_e4m3fn"), None
-    everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)])
-    assert sorted(kernel(h, everything, tensors, infos)) == [0, 4, 5]
+    everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)], h.flags)
+    assert sorted(ffi.one_pass(everything, tensors, infos)) == [0, 4, 5]
 
 
 @pytest.mark.parametrize("accumulated", [False, True])

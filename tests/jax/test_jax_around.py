@@ -1,5 +1,6 @@
 """What JAX and optax do around an optimizer: transformations, programs that stay the same, wrappers, state."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from nadam.jax import NadamState, from_optax, fused, nadam, nadamw, to_optax
+from nadam.jax.fused_step import WORTH_A_WARNING, warn_of_order
 
 # optax takes 1 - b2**step from b2 as float32 has it: 1.3e-5 too little, relatively, at the first steps.
 AS_OPTAX = {"rtol": 1e-4, "atol": 1e-5}
@@ -264,3 +266,24 @@ def test_the_state_with_a_finite_momentum_decay():
     assert float(state[0].mu_product) == 1.0
     _, state = nadam(0.1, momentum_decay=1.0).update(params(), state, params())
     assert float(state[0].mu_product) == pytest.approx(0.9 * (1 - 0.5 * 0.96))
+
+
+DIRECTLY, IN_A_FUNCTION = "compiled itself", "called by what is compiled"
+
+
+@pytest.mark.parametrize("elements", [WORTH_A_WARNING, WORTH_A_WARNING - 1])
+@pytest.mark.parametrize("way", [DIRECTLY, IN_A_FUNCTION])
+def test_a_warning_where_the_state_of_a_large_tree_is_copied(way, elements):
+    optimizer = fused(0.1)
+    tree = {"a": jax.ShapeDtypeStruct((elements - 3,), "float32"), "b": jax.ShapeDtypeStruct((3,), "float32")}
+    state = jax.eval_shape(optimizer.init, tree)
+    warn_of_order.cache_clear()  # it comes once in a process
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == DIRECTLY:
+            jax.jit(optimizer.step, donate_argnums=(1, 2)).lower(tree, state, tree)
+        else:
+            step = jax.jit(lambda params, state, grads: optimizer.step(grads, state, params), donate_argnums=(0, 1))
+            step.lower(tree, state, tree)
+    told = [warning for warning in caught if "XLA copies the state" in str(warning.message)]
+    assert len(told) == (way == DIRECTLY and elements == WORTH_A_WARNING)

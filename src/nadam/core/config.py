@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Self
 
@@ -16,7 +17,15 @@ SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": 
 # What a user sets; the rest of the dataclass takes no part in comparisons.
 # What Keras's constructor has no argument for is the PyTorch host's.
 _PYTORCHS = {"coupled_weight_decay", "maximize"}
-_FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare and field.name not in _PYTORCHS)
+FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare and field.name not in _PYTORCHS)
+
+
+def hyperparameters(given: Mapping[str, Any], spelling: Mapping[str, str] = SPELLING) -> Hyperparameters:
+    """The hyperparameters among the arguments of a constructor, as its ``locals()`` has them."""
+    if given.get("kwargs"):
+        raise ValueError(f"{next(iter(given['kwargs']))}: not an argument of {type(given['self']).__name__}")
+    names = {field: spelling.get(field, field) for field in FIELDS}
+    return Hyperparameters(**{field: given[name] for field, name in names.items() if name in given}, spelling=spelling)
 
 
 class _Setting:
@@ -55,6 +64,18 @@ class Configured:
     name: str
     _hyper: Hyperparameters
 
+    def _excluded_patterns(self, names: Iterable[str] | None) -> list[str]:
+        """The regular expressions that `exclude_from_weight_decay` was given, checked."""
+        if getattr(self, "built", False):
+            raise ValueError("exclude_from_weight_decay: can be called only before the optimizer is built")
+        patterns = list(names or [])
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"var_names: {pattern!r} is no regular expression: {error}") from None
+        return patterns
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that JSON can hold.
 
@@ -62,7 +83,7 @@ class Configured:
             ValueError: A callable that cannot be saved.
         """
         config = {"name": self.name}
-        for field in _FIELDS:
+        for field in FIELDS:
             name = SPELLING.get(field, field)
             config[name] = to_config(name, getattr(self._hyper, field))
         return config
@@ -78,7 +99,7 @@ class Configured:
         return cls(**{name: from_config(name, value, custom_objects) for name, value in config.items()})
 
     def __repr__(self) -> str:
-        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in _FIELDS)
+        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in FIELDS)
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -88,14 +109,7 @@ _KERAS_MODULE = "keras.optimizers.schedules"
 
 
 def to_config(name: str, value: Any) -> Any:
-    """What to write for a hyperparameter: a number as it is, a schedule's config, a function's name.
-
-    Args:
-        name: Of the hyperparameter, as the host spells it.
-        value: A number or a callable.
-
-    Raises:
-        ValueError: A callable that has no config and is not a function of a module.
+    """A hyperparameter as JSON can hold it: a number as it is, a schedule by its config, a function by its name.
 
     Example:
         >>> to_config("beta_1", lambda: 0.9)  # doctest: +ELLIPSIS
@@ -119,20 +133,7 @@ def to_config(name: str, value: Any) -> Any:
 
 
 def from_config(name: str, value: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The hyperparameter that `to_config` wrote.
-
-    Args:
-        name: Of the hyperparameter, as the host spells it.
-        value: What was written.
-        custom_objects: Functions and classes by name, for what is not this package's. Nothing is imported for a config.
-
-    Raises:
-        ValueError: A function or class that is not in ``custom_objects``.
-
-    Example:
-        >>> from_config("beta_1", 0.9)
-        0.9
-    """
+    """The hyperparameter that `to_config` wrote; nothing is imported for it."""
     if not isinstance(value, Mapping):
         return value
     if value.get("class_name") != FUNCTION:
@@ -146,12 +147,7 @@ def from_config(name: str, value: Any, custom_objects: Mapping[str, Any] | None 
 
 
 def serialize(schedule: Any) -> dict[str, Any]:
-    """Describe a schedule by its class and its config.
-
-    Example:
-        >>> serialize(schedules.PiecewiseConstantDecay([5], [0.1, 0.01]))["config"]["values"]
-        [0.1, 0.01]
-    """
+    """A schedule's class and config, as JSON can hold them."""
     for method in ("get_config", "from_config"):
         if not callable(getattr(schedule, method, None)):
             raise ValueError(f"schedule={schedule!r}: cannot be saved, expected an object with {method}()")
@@ -160,12 +156,7 @@ def serialize(schedule: Any) -> dict[str, Any]:
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """Make a schedule from what ``serialize`` gave; imports nothing.
-
-    Example:
-        >>> deserialize(serialize(schedules.ExponentialDecay(0.1, 100, 0.5)))(100)
-        0.05
-    """
+    """The schedule that `serialize` described; nothing is imported for it."""
     if not (isinstance(config, Mapping) and isinstance(config.get("class_name"), str) and "config" in config):
         raise ValueError(f"config={config!r}: expected a dict with class_name and config")
     class_name, module, custom = config["class_name"], config.get("module"), custom_objects or {}

@@ -38,6 +38,10 @@ class ParamInfo(NamedTuple):
     constraint: Callable[[Array], Array] | None
 
 
+Grads = Sequence[Array | None]  # with accumulation None for a tensor that has no gradient in a call
+Infos = Sequence[ParamInfo]
+
+
 class Progress(NamedTuple):
     """The state of a run: calls that were not skipped, momentum product in the dtype of the scalars, tensors."""
 
@@ -55,18 +59,18 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an update gives."""
+    """What an update gives; norm and clip factor are 0 where no norms are taken."""
 
     tensors: list[Tensor]
     momentum_product: Array
-    grad_norm: Array | None
-    clip_factor: Array | None
+    grad_norm: Array
+    clip_factor: Array
 
 
 class Pass(NamedTuple):
     """What the one pass of an update takes besides parameters and state."""
 
-    gradients: Sequence[Array | None]  # as `update` takes them; None for one that is missing
+    gradients: Grads  # as `update` takes them
     whole: Sequence[Array]  # the same, unscaled where there are accumulators, with those added
     scalars: Scalars  # 0-d, of the dtype of the momentum product
     factors: list[Array]  # what multiplies the gradients; one for all, or one each
@@ -81,7 +85,7 @@ class Pass(NamedTuple):
         return self.scalars._replace(eps=eps_in(xp, self.scalars.eps, dtype))
 
 
-OnePass = Callable[[Pass, Sequence[Tensor], Sequence[ParamInfo]], dict[int, Tensor]]
+OnePass = Callable[[Pass, Sequence[Tensor], Infos], dict[int, Tensor]]
 
 
 class Means(NamedTuple):
@@ -91,7 +95,7 @@ class Means(NamedTuple):
         when: (condition, function, carry) -> ``function(carry, running)`` where the condition holds, else ``carry``;
             ``running`` is true inside, and not known to the compiler.
         barrier: Gives scalars as they are, computed once and not for each element.
-        one_pass: A kernel, and which tensors it has updated; for the others the compiler makes loops of the rule.
+        one_pass: What a kernel makes of which tensors, accumulators cleared; the compiler makes loops for others.
         measure: (tensors, gradients, inv_scale, accumulated, check) -> norms and whether all values pass, by a kernel;
             None where it cannot.
         cleared: A tensor after the update by loops, with its accumulator at zero.
@@ -99,7 +103,7 @@ class Means(NamedTuple):
 
     when: When
     barrier: Callable[[list[Any]], Sequence[Any]] = list
-    one_pass: OnePass | None = None
+    one_pass: OnePass = lambda *_: {}
     measure: Callable[..., tuple[Array, Array] | None] = lambda *_: None
     cleared: Callable[[Tensor, Any], Tensor] = lambda tensor, _: tensor
 
@@ -122,81 +126,56 @@ def eps_in(xp: Any, eps: Array, dtype: str) -> Array:
 
 
 def call(
-    xp: Any,
-    h: Hyperparameters,
-    infos: Sequence[ParamInfo],
-    means: Means,
-    before: Progress,
-    grads: Sequence[Array | None],
-    now: Now,
-    inv_scale: Any,
+    xp: Any, h: Hyperparameters, infos: Infos, means: Means, before: Progress, grads: Grads, now: Now, inv_scale: Any
 ) -> tuple[Progress, Measured]:
     """One call: an update, or one more gradient for the accumulators.
 
-    Args:
-        xp: The array library.
-        h: What the user set.
-        infos: What is known of each tensor.
-        means: How to compute it.
-        before: How far the run is.
-        grads: A gradient for each tensor; None, with accumulation, for one that has none in this call.
-        now: The hyperparameters of this call; Python's floats where they are constant, from which 1 - beta is computed
-            in float64.
-        inv_scale: What multiplies the gradients.
+    Constants among ``now`` are Python's floats, from which 1 - beta is computed in float64.
     """
     steps, (calls, product, tensors) = h.gradient_accumulation_steps, before
     given = [i for i, grad in enumerate(grads) if grad is not None]
     check, complete = h.check(), len(given) == len(grads)
+    checked = check is not Check.NOTHING
     passed, norms, found = True, None, None
-    if complete and ((h.clips_by_norm and steps is None) or check is not Check.NOTHING):
+    if complete and (checked or (h.clips_by_norm and not steps)):
         found = means.measure(tensors, grads, inv_scale, False, check)
-    if found is not None:
-        norms = found[0] if h.clips_by_norm and steps is None else None
-    if check is not Check.NOTHING:
+        norms = None if found is None or steps else found[0]
+    if checked:
         chosen = [grads[i] for i in given], [tensors[i] for i in given]
         passed = usable(xp, *chosen, inv_scale, check) if found is None else found[1]
-    updating: Any = True
-    if steps is not None:
-        updating = (calls + 1) % steps == 0
+    accumulates, updates = decided(h, calls, passed)
+    if steps:
+
+        def accumulate(accumulators: list[Array], _: Any) -> list[Array]:
+            pairs = zip(given, accumulators, strict=True)
+            return [kept + unscaled(xp, grads[i], kept, inv_scale) for i, kept in pairs]
+
         # Only what changes goes through the condition.
-        added = means.when(
-            ~updating & passed,
-            lambda old, _: accumulate(xp, old, [grads[i] for i in given], inv_scale),
-            [tensors[i].accumulator for i in given],
-        )
+        added = means.when(accumulates, accumulate, [tensors[i].accumulator for i in given])
         tensors = list(tensors)
         for i, accumulator in zip(given, added, strict=True):
             tensors[i] = tensors[i]._replace(accumulator=accumulator)
 
-    def updated_state(carry: Any, running: Any) -> Any:
-        old, product, _ = carry
-        done: dict[int, Tensor] = {}
-
-        def one_pass(*arguments: Any) -> dict[int, Tensor]:
-            if means.one_pass is not None:
-                done.update(means.one_pass(*arguments))
-            return done
-
+    def updated_state(old: Outcome, running: Any) -> Outcome:
         taken = norms
         if steps and h.clips_by_norm and complete:
-            taken = (means.measure(old, grads, inv_scale, True, Check.NOTHING) or (None,))[0]
-        if taken is not None:  # a kernel takes them in float32, whatever the scalars are computed in
-            taken = xp.cast(taken, dtype_of(product))
-        arguments = (xp, h, now, calls // (steps or 1), product, old, grads, infos)
-        outcome = update(*arguments, inv_scale=inv_scale, norms=taken, barrier=means.barrier, one_pass=one_pass)
-        new = [
-            tensor if i in done or not steps else means.cleared(tensor, running)
-            for i, tensor in enumerate(outcome.tensors)
-        ]
-        seen = [xp.zeros_like(product) if x is None else x for x in (outcome.grad_norm, outcome.clip_factor)]
-        return new, outcome.momentum_product, seen
+            taken = (means.measure(old.tensors, grads, inv_scale, True, Check.NOTHING) or (None,))[0]
+        state = calls // (steps or 1), old.momentum_product, old.tensors
+        return update(xp, h, infos, means, Progress(*state), grads, now, inv_scale, norms=taken, running=running)
 
-    begin = tensors, product, [xp.zeros_like(product)] * 2
-    tensors, product, seen = means.when(updating & passed, updated_state, begin)
-    skips = check is not Check.NOTHING
-    progress = Progress(calls + (xp.where(passed, 1, 0) if skips else 1), product, tensors)
+    begin = Outcome(tensors, product, *[xp.zeros_like(product)] * 2)
+    tensors, product, *seen = means.when(updates, updated_state, begin)
+    progress = Progress(calls + (xp.where(passed, 1, 0) if checked else 1), product, tensors)
     norm, factor = seen if h.clips_by_norm else (None, None)
-    return progress, Measured(norm, factor, ~passed if skips else False)
+    return progress, Measured(norm, factor, ~passed if checked else False)
+
+
+def decided(h: Hyperparameters, calls: Any, passed: Any) -> tuple[Any, Any]:
+    """Whether a call, after so many, only accumulates and whether it updates: neither where its check fails."""
+    if h.gradient_accumulation_steps is None:
+        return False, passed
+    ends = (calls + 1) % h.gradient_accumulation_steps == 0
+    return ~ends & passed, ends & passed
 
 
 def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], inv_scale: Any, check: Check) -> Array:
@@ -220,54 +199,44 @@ def unscaled(xp: Any, grad: Array, like: Array, inv_scale: Any) -> Array:
     return wide if isinstance(inv_scale, float) and inv_scale == 1.0 else wide * scalar(xp, inv_scale, dtype_of(like))
 
 
-def accumulate(xp: Any, accumulators: Sequence[Array], grads: Sequence[Array], inv_scale: Any) -> list[Array]:
-    """The accumulators with the unscaled gradients added."""
-    return [
-        accumulator + unscaled(xp, grad, accumulator, inv_scale)
-        for accumulator, grad in zip(accumulators, grads, strict=True)
-    ]
-
-
 def update(
     xp: Any,
     h: Hyperparameters,
+    infos: Infos,
+    means: Means,
+    before: Progress,
+    grads: Grads,
     now: Now,
-    updates: Any,
-    momentum_product: Any,
-    tensors: Sequence[Tensor],
-    grads: Sequence[Array | None],
-    infos: Sequence[ParamInfo],
-    *,
     inv_scale: Any,
+    *,
     norms: Array | None = None,
-    barrier: Callable[[list[Any]], Sequence[Any]] = list,
-    one_pass: OnePass | None = None,
+    running: Any = True,
 ) -> Outcome:
-    """One update, the next after so many ``updates``; the accumulators are not cleared, unless the kernel does it.
-
-    The arguments are those of `call`; ``norms`` is what `norms` gives, where a host has computed it already.
-    """
-    m = mathematics(xp)
+    """One update; the arguments are those of `call`, but ``before`` counts updates. ``norms``: where they are known."""
+    m, steps, (updates, momentum_product, tensors) = mathematics(xp), h.gradient_accumulation_steps, before
     dtype = dtype_of(momentum_product)
-    steps = h.gradient_accumulation_steps
     spread = 1.0 / steps if steps else inv_scale
-    gradients = _gradients(xp, tensors, grads, inv_scale)
-    factors, grad_norm, factor = [spread], None, None
-    if h.clips_by_norm:
-        taken = _norms(xp, gradients, dtype, None) if norms is None else norms
-        factors, grad_norm, factor = _clip_factors(xp, h, taken * spread, len(gradients), spread)
+    whole = summed(xp, tensors, grads, inv_scale)
+    factors, grad_norm, factor = [spread], *[xp.zeros_like(momentum_product)] * 2
+    if h.clips_by_norm:  # a kernel takes them in float32, whatever the scalars are computed in
+        taken = norms_of(xp, whole, dtype) if norms is None else xp.cast(norms, dtype)
+        factors, grad_norm, factor = _clip_factors(xp, h, taken * spread, len(whole), spread)
     betas = (beta if isinstance(beta, float) else scalar(xp, beta, dtype) for beta in (now.beta1, now.beta2))
     settings = h.settings(Now(scalar(xp, now.lr, dtype), *betas))
     settings = settings._replace(ema_momentum=scalar(xp, h.ema_momentum, dtype))
     t = xp.cast(updates, dtype) + 1.0
     s, product = m.scalars(settings, updates + 1, t, momentum_product, inv_scale, SMALLEST_NORMAL[dtype])
-    common = list(barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
-    everything = Pass(grads, gradients, Scalars._make(common[: len(s)]), common[len(s) :], h.flags)
-    done = {} if one_pass is None else one_pass(everything, tensors, infos)
+    common = list(means.barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
+    everything = Pass(grads, whole, Scalars._make(common[: len(s)]), common[len(s) :], h.flags)
+    done = means.one_pass(everything, tensors, infos)
     new = []
     for i, (tensor, info) in enumerate(zip(tensors, infos, strict=True)):
         result = done[i] if i in done else updated(xp, h, everything, i, tensor, info)
-        new.append(result if grads[i] is not None else _where_seen(xp, result, tensor))
+        if grads[i] is None:  # it moves if it had a gradient earlier in this window
+            seen = xp.any(tensor.accumulator != 0)
+            kept = [None if n is None else xp.where(seen, n, o) for n, o in zip(result[:4], tensor[:4], strict=True)]
+            result = Tensor._make([*kept, tensor.accumulator])
+        new.append(means.cleared(result, running) if steps and i not in done else result)
     return Outcome(new, product, grad_norm, factor)
 
 
@@ -298,23 +267,7 @@ def updated(xp: Any, h: Hyperparameters, everything: Pass, i: int, tensor: Tenso
     return Tensor(xp.cast(param, kept), exp_avg, exp_avg_sq, ema, tensor.accumulator)
 
 
-def norms(
-    xp: Any,
-    tensors: Sequence[Tensor],
-    grads: Sequence[Array | None],
-    dtype: str,
-    *,
-    inv_scale: Any,
-    sum_of_squares: Callable[[Array], Array] | None = None,
-) -> Array:
-    """The norm of each gradient, with its accumulator, before the mean is taken; finite where its values are.
-
-    One pass, and another after an overflow; ``sum_of_squares`` is a library's own that reads an array only once.
-    """
-    return _norms(xp, _gradients(xp, tensors, grads, inv_scale), dtype, sum_of_squares)
-
-
-def _gradients(xp: Any, tensors: Sequence[Tensor], grads: Sequence[Array | None], inv_scale: Any) -> list[Array]:
+def summed(xp: Any, tensors: Sequence[Tensor], grads: Grads, inv_scale: Any) -> list[Array]:
     """Gradients in the dtype that is computed in, with their accumulators; without one, not unscaled."""
     gradients = []
     for grad, tensor in zip(grads, tensors, strict=True):
@@ -325,13 +278,6 @@ def _gradients(xp: Any, tensors: Sequence[Tensor], grads: Sequence[Array | None]
         else:
             gradients.append(tensor.accumulator + unscaled(xp, grad, tensor.accumulator, inv_scale))
     return gradients
-
-
-def _where_seen(xp: Any, new: Tensor, old: Tensor) -> Tensor:
-    """The new values of a parameter without a gradient in this call, if it had one earlier in this window."""
-    seen = xp.any(old.accumulator != 0)
-    kept = [None if n is None else xp.where(seen, n, o) for n, o in zip(new[:4], old[:4], strict=True)]
-    return Tensor._make([*kept, old.accumulator])
 
 
 def _clip_factors(xp: Any, h: Hyperparameters, norms: Array, count: int, spread: Any) -> tuple[list[Any], Array, Array]:
@@ -347,7 +293,14 @@ def _clip_factors(xp: Any, h: Hyperparameters, norms: Array, count: int, spread:
     return [factors[i] * spread for i in range(count)], total, xp.min(factors)
 
 
-def _norms(xp: Any, gradients: Sequence[Array], dtype: str, sum_of_squares: Callable[[Array], Array] | None) -> Array:
+def norms_of(
+    xp: Any, gradients: Sequence[Array], dtype: str, sum_of_squares: Callable[[Array], Array] | None = None
+) -> Array:
+    """The norm of each, finite where its values are: one pass, and another after an overflow.
+
+    ``sum_of_squares`` is a library's own that reads an array only once.
+    """
+
     def all_norms(shrink: bool) -> Array:
         made = []
         for grad in gradients:

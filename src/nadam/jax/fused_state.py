@@ -13,6 +13,8 @@ from nadam.jax.checks import check_trainable
 from nadam.jax.trees import beside, compute_dtype, scalar_dtype
 
 LAST_COUNT = 2**31 - 1  # where int32 ends
+# Fields that are like the parameters, or None, in the order in which a tensor has them.
+LIKE_PARAMS = ("mu", "nu", "ema", "accumulator")
 
 
 class FusedState(NamedTuple):
@@ -51,16 +53,8 @@ def check_state(h: Hyperparameters, state: Any) -> None:
     }
     for name, (part, wanted) in parts.items():
         if (part is not None) != wanted:
-            raise ValueError(f"state.{name}: it is of an optimizer with other settings: {_named(part)}")
-
-
-def _named(part: Any) -> str:
-    return "there is none" if part is None else "there should be none"
-
-
-def like_params(state: FusedState) -> tuple[Any, ...]:
-    """What in it is like the parameters, in the order of the fields of a tensor; None for what there is not."""
-    return state.mu, state.nu, state.ema, state.accumulator
+            found = "there is none" if part is None else "there should be none"
+            raise ValueError(f"state.{name}: it is of an optimizer with other settings: {found}")
 
 
 def new_state(h: Hyperparameters, params: Any) -> FusedState:
@@ -76,23 +70,19 @@ def new_state(h: Hyperparameters, params: Any) -> FusedState:
         abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros_like(leaf, dtype=dtype) if abstract else jnp.array(leaf, dtype=dtype, copy=True)
 
+    def scalar(value: Any, dtype: Any) -> Any:
+        return beside(params, jnp.full((), value, dtype))
+
     dtype = scalar_dtype()
-    none = jnp.zeros((), dtype) if h.clips_by_norm else None
-    last_step = StepReport(
-        step=jnp.zeros((), jnp.int32),
-        learning_rate=jnp.zeros((), dtype),
-        grad_norm=none,
-        clip_factor=None if none is None else jnp.zeros_like(none),
-        skipped_steps=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), bool),
-    )
+    norm, factor = (scalar(0, dtype), scalar(0, dtype)) if h.clips_by_norm else (None, None)
+    step, skipped_steps, skipped = scalar(0, jnp.int32), scalar(0, jnp.int32), scalar(False, bool)
     return FusedState(
-        count=beside(params, jnp.zeros((), jnp.int32)),
+        count=scalar(0, jnp.int32),
         mu=zeros(),
         nu=zeros(),
-        mu_product=beside(params, jnp.ones((), dtype)),
+        mu_product=scalar(1, dtype),
         ema=jax.tree.map(copied, params) if h.use_ema else None,
         accumulator=zeros() if h.gradient_accumulation_steps else None,
-        last_step=beside(params, last_step),
-        beyond=beside(params, jnp.zeros((), jnp.int32)),
+        last_step=StepReport(step, scalar(0, dtype), norm, factor, skipped_steps, skipped),
+        beyond=scalar(0, jnp.int32),
     )

@@ -5,21 +5,22 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import optax
 from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters, Now, current
 from nadam.core.step import StepReport
-from nadam.core.traced import ParamInfo, Progress, Tensor
+from nadam.core.traced import ParamInfo, Progress, Tensor, call
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
-from nadam.jax.fused_state import LAST_COUNT, FusedState, check_state, like_params, new_state
-from nadam.jax.step import XP, call, is_traced
+from nadam.jax.fused_state import LAST_COUNT, LIKE_PARAMS, FusedState, check_state, new_state
+from nadam.jax.step import XP, is_traced, means
 from nadam.jax.trees import as_type, chosen, dtype_of, is_weak
-from nadam.jax.two_phases import two_phases
 from nadam.kernels.xla import ffi
 
 WORTH_A_WARNING = 1 << 20  # elements that are copied at each step
@@ -30,9 +31,9 @@ class Fused(NamedTuple):
 
     Attributes:
         init: params -> state.
-        step: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). Under `jax.jit` with
-            params and state donated nothing is copied. ``learning_rate`` takes the place of the one that was set;
-            the gradients are divided by ``loss_scale``.
+        step: (grads, state, params, *, learning_rate=None, loss_scale=None) -> (params, state). In a compiled
+            function that takes params and state, donated, in the order in which it returns them, nothing is copied.
+            ``learning_rate`` takes the place of the one that was set; the gradients are divided by ``loss_scale``.
         finalize: (state, params) -> params: their moving averages, with ``use_ema``.
     """
 
@@ -72,7 +73,16 @@ class Fused(NamedTuple):
             >>> [round(float(x), 4) for x in optax.apply_updates(params, updates)["w"]]
             [0.2632, 0.2632]
         """
-        return two_phases(self.init, self.step)
+
+        def update(
+            updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, loss_scale: Any = None, **_: Any
+        ) -> tuple[Any, Any]:
+            if params is None:
+                raise ValueError("params: fused needs them: update(updates, state, params)")
+            new, state = self.step(updates, state, params, learning_rate=learning_rate, loss_scale=loss_scale)
+            return jax.tree.map(jnp.subtract, new, params), state
+
+        return optax.GradientTransformationExtraArgs(self.init, update)
 
 
 def fused(
@@ -139,23 +149,9 @@ def fused(
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
-    h = Hyperparameters(
-        lr=learning_rate,
-        beta1=b1,
-        beta2=b2,
-        eps=eps,
-        momentum_decay=float("inf") if momentum_decay is None else momentum_decay,
-        weight_decay=weight_decay,
-        clipnorm=clipnorm,
-        clipvalue=clipvalue,
-        global_clipnorm=global_clipnorm,
-        use_ema=bool(use_ema),
-        ema_momentum=ema_momentum,
-        ema_overwrite_frequency=ema_overwrite_frequency,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        skip_nonfinite=bool(skip_nonfinite),
-        spelling=SPELLING,
-    )
+    use_ema, skip_nonfinite = bool(use_ema), bool(skip_nonfinite)
+    momentum_decay = float("inf") if momentum_decay is None else momentum_decay
+    h = hyperparameters(locals(), SPELLING)
     for name, value in (("b1", b1), ("b2", b2)):
         if callable(value):
             raise TypeError(f"{name}={value!r}: expected a number")
@@ -165,46 +161,36 @@ def fused(
         grads: Any, state: FusedState, params: Any, *, learning_rate: Any = None, loss_scale: Any = None
     ) -> tuple[Any, FusedState]:
         leaves, treedef = jax.tree.flatten(params)
-        if sum(map(jnp.size, leaves)) >= WORTH_A_WARNING and is_traced(leaves) and _is_called_by_jax(sys._getframe(1)):
+        # Called by JAX itself, `step` is what is compiled, and not a function around it.
+        is_compiled = str(sys._getframe(1).f_globals.get("__name__")).startswith("jax.")
+        if is_compiled and is_traced(leaves) and sum(map(jnp.size, leaves)) >= WORTH_A_WARNING:
             warn_of_order()
         check_trainable(params)
         check_state(h, state)
         given = alike("grads", grads, "params", treedef, leaves)
         check_gradients("grads", given)
-        columns = [
-            alike(f"state.{name}", tree, "params", treedef, leaves) if tree is not None else [None] * len(leaves)
-            for name, tree in zip(("mu", "nu", "ema", "accumulator"), like_params(state), strict=True)
-        ]
-        if learning_rate is None:
-            learning_rate = current(h.lr, state.count)
-        rate = number("learning_rate", learning_rate)
+        trees = {name: tree for name in LIKE_PARAMS if (tree := getattr(state, name)) is not None}
+        columns = {name: alike(f"state.{name}", tree, "params", treedef, leaves) for name, tree in trees.items()}
+        rate = number("learning_rate", current(h.lr, state.count) if learning_rate is None else learning_rate)
         inv_scale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
         decays = tuple(chosen(mask, params, treedef))
-        program = programs.get(decays)
-        if program is None:
-            program = programs[decays] = _program(h, [ParamInfo(each, None) for each in decays])
-        tensors = [Tensor(*fields) for fields in zip(leaves, *columns, strict=True)]
+        if decays not in programs:
+            programs[decays] = _program(h, [ParamInfo(each, None) for each in decays])
+        absent = [None] * len(leaves)
+        tensors = list(map(Tensor, leaves, *(columns.get(name, absent) for name in LIKE_PARAMS)))
         before = Progress(state.count, state.mu_product, tensors)
-        after, beyond, seen = program(before, state.beyond, state.last_step, given, rate, inv_scale)
+        after, beyond, seen = programs[decays](before, state.beyond, state.last_step, given, rate, inv_scale)
         new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
-        kept = [None if old is None else tree for old, tree in zip(like_params(state), new[1:], strict=True)]
-        mu, nu, ema, accumulator = kept
-        return new[0], FusedState(after.calls, mu, nu, after.product, ema, accumulator, seen, beyond)
-
-    def init(params: Any) -> FusedState:
-        return new_state(h, params)
+        kept = {name: tree for name, tree in zip(LIKE_PARAMS, new[1:], strict=True) if name in trees}
+        counters = {"count": after.calls, "mu_product": after.product, "last_step": seen, "beyond": beyond}
+        return new[0], state._replace(**counters, **kept)
 
     def finalize(state: FusedState, params: Any) -> Any:
         if state.ema is None:
             raise RuntimeError("use_ema=False: there is no moving average")
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
-    return Fused(init, step, finalize)
-
-
-def _is_called_by_jax(frame: Any) -> bool:
-    """Whether `step` itself is what is compiled, and not a function that calls it."""
-    return str(frame.f_globals.get("__name__", "")).startswith("jax.")
+    return Fused(partial(new_state, h), step, finalize)
 
 
 @cache
@@ -234,9 +220,8 @@ def _program(h: Hyperparameters, infos: list[ParamInfo]) -> Callable[..., Any]:
             inv_scale, count = XP.cast(inv_scale, dtype_of(before.product).name), before.calls
             stays = count == LAST_COUNT
             before = before._replace(calls=jnp.where(stays, LAST_COUNT - period + beyond, count))
-            after, (norm, factor, skipped) = call(
-                h, infos, kernels, before, grads, Now(rate, h.beta1, h.beta2), inv_scale, in_place
-            )
+            now = Now(rate, h.beta1, h.beta2)
+            after, (norm, factor, skipped) = call(XP, h, infos, means(kernels, in_place), before, grads, now, inv_scale)
             tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
             count += jnp.where(stays | skipped, 0, 1)
             beyond = (beyond + jnp.where(stays & ~jnp.asarray(skipped), 1, 0)) % period

@@ -97,13 +97,11 @@ def to_optax(state: Any, params: Any = None) -> Any:
     if params is not None:
         check_trainable(params)
         mu, nu = (jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, params) for tree in (mu, nu))
-    count = ours.count
     if isinstance(ours, FusedState):
-        count = ours.last_step.step
         if ours.accumulator is not None and any(bool(leaf.any()) for leaf in jax.tree.leaves(ours.accumulator)):
             raise ValueError("state: it holds gradients of a window that has not ended, which optax's has no place for")
-        return optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-    return _replaced(state, optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
+        return optax.ScaleByAdamState(count=ours.last_step.step, mu=mu, nu=nu)
+    return _replaced(state, optax.ScaleByAdamState(count=ours.count, mu=mu, nu=nu))
 
 
 _OURS = (NadamState, FusedState, optax.ScaleByAdamState)

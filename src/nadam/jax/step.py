@@ -1,8 +1,8 @@
-"""One call as a pure function, which XLA compiles: for `fused`, and for Keras on JAX."""
+"""JAX as `core.traced` uses it: for `fused`, and for Keras on JAX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ from jax import lax
 from jax import numpy as jnp
 
 from nadam.core import traced
-from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.kernels.xla import ffi
 
 Array = Any
@@ -36,25 +35,14 @@ class Library:
 XP = Library()
 
 
-def call(
-    h: Hyperparameters,
-    infos: Sequence[traced.ParamInfo],
-    kernels: bool,
-    before: traced.Progress,
-    grads: Sequence[Array | None],
-    now: Now,
-    inv_scale: Any,
-    in_place: bool = True,
-) -> tuple[traced.Progress, traced.Measured]:
-    """`core.traced.call`; with ``kernels`` by the CPU's passes as foreign functions, else by XLA's own loops.
+def means(kernels: bool, in_place: bool = True) -> traced.Means:
+    """How `core.traced` computes; with ``kernels`` by the CPU's passes as foreign functions, else by XLA's own loops.
 
     What a call does is chosen ``in_place`` by loops of one round or none, which XLA lets work in place; a conditional
     would copy all that it passes on, but can be differentiated backwards.
     """
-    means = traced.Means(_once if in_place else _conditional, lax.optimization_barrier, cleared=_cleared)
-    if kernels:
-        means = means._replace(one_pass=ffi.one_pass, measure=ffi.measure)
-    return traced.call(XP, h, infos, means, before, grads, now, inv_scale)
+    made = traced.Means(_once if in_place else _conditional, lax.optimization_barrier, cleared=_cleared)
+    return made._replace(one_pass=ffi.one_pass, measure=ffi.measure) if kernels else made
 
 
 def _conditional(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:

@@ -7,6 +7,7 @@ apply; the scalars of a step are computed once, behind a barrier, rather than ag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -160,27 +161,22 @@ class _Scaled:
         if self.mu_dtype is not None and not jnp.issubdtype(self.mu_dtype, jnp.floating):
             raise TypeError(f"mu_dtype={mu_dtype!r}: expected a floating-point dtype, or None")
         # Not known to be infinite before a program is compiled: then it may be anything.
-        self.tracks_product = momentum_decay is not None and not self._is_infinity(momentum_decay)
-
-    @staticmethod
-    def _is_infinity(value: Any) -> bool:
-        return isinstance(value, (int, float, np.number)) and float(value) == inf
+        known = momentum_decay is None or isinstance(momentum_decay, (int, float, np.number))
+        self.tracks_product = not (known and self.momentum_decay == inf)
 
     def new_state(self, params: Any) -> Any:
         """Before the first update."""
         check_trainable(params)
-        count = beside(params, jnp.zeros((), jnp.int32))
-        state = {"count": count, "mu": self._zeros(params, self.mu_dtype), "nu": self._zeros(params)}
-        if not self.tracks_product:
-            return optax.ScaleByAdamState(**state)
-        return NadamState(**state, mu_product=beside(params, jnp.ones((), scalar_dtype())))
 
-    def _zeros(self, params: Any, dtype: Any = None) -> Any:
-        def zeros(leaf: Any) -> Any:
+        def zeros(leaf: Any, dtype: Any = None) -> Any:
             wanted = compute_dtype(leaf) if dtype is None else dtype
             return jnp.zeros_like(leaf, dtype=None if wanted == dtype_of(leaf) else wanted)
 
-        return jax.tree.map(zeros, params)
+        mu, nu = jax.tree.map(partial(zeros, dtype=self.mu_dtype), params), jax.tree.map(zeros, params)
+        state = {"count": beside(params, jnp.zeros((), jnp.int32)), "mu": mu, "nu": nu}
+        if not self.tracks_product:
+            return optax.ScaleByAdamState(**state)
+        return NadamState(**state, mu_product=beside(params, jnp.ones((), scalar_dtype())))
 
     def scalars(self, state: Any, rate: Any, decay: Any) -> tuple[list[Any], Any]:
         """This update's scalars for the rule, with eps_root and decay at the end; and the new momentum product."""
@@ -238,14 +234,11 @@ def _transformation(
         check_gradients("updates", grads)
         mus = alike("the optimizer's state (mu)", moments.mu, "updates", treedef, grads)
         nus = alike("the optimizer's state (nu)", moments.nu, "updates", treedef, grads)
-        owned = None if params is None else alike("params", params, "updates", treedef, grads)
-        decays = chosen(mask, updates if params is None else params, treedef)
+        owned = [None] * len(grads) if params is None else alike("params", params, "updates", treedef, grads)
+        decays = [False] * len(grads) if decay is None else chosen(mask, params, treedef)
         weight = None if decay is None else decay.at(counts[0], moments.count)
         values, product = scaled.scalars(moments, rate.at(counts[-1], moments.count), weight)
-        made = []
-        for i, (grad, mu, nu) in enumerate(zip(grads, mus, nus, strict=True)):
-            decaying = owned[i] if owned is not None and weight is not None and decays[i] else None
-            made.append(_leaf(scaled, values, grad, mu, nu, None if owned is None else owned[i], decaying))
+        made = [_leaf(scaled, values, *each) for each in zip(grads, mus, nus, owned, decays, strict=True)]
         new = [treedef.unflatten(column) for column in (zip(*made, strict=True) if made else ((), (), ()))]
         fields = {"count": optax.safe_increment(moments.count), "mu": new[1], "nu": new[2]}
         if scaled.tracks_product:
@@ -258,11 +251,7 @@ def _transformation(
 
 
 def _checked(state: Any, tracks_product: bool, others: int) -> Any:
-    """A state that is one of such a transformation.
-
-    Raises:
-        ValueError: It is another one's.
-    """
+    """A state, checked to be one of such a transformation."""
     kind = NadamState if tracks_product else optax.ScaleByAdamState
     if (
         not isinstance(state, tuple)
@@ -275,16 +264,15 @@ def _checked(state: Any, tracks_product: bool, others: int) -> Any:
 
 
 def _leaf(
-    scaled: _Scaled, values: Sequence[Any], grad: Any, mu: Any, nu: Any, param: Any, decaying: Any
+    scaled: _Scaled, values: Sequence[Any], grad: Any, mu: Any, nu: Any, param: Any, decays: bool
 ) -> tuple[Any, Any, Any]:
     """One parameter's update and new moments."""
     own = dtype_of(nu).name
     *scalars, eps, offset, decay = values
-    scalars.append(eps_in(XP, eps, own))
-    *scalars, offset, decay = (value.astype(own) for value in (*scalars, offset, decay))
+    *scalars, offset, decay = (value.astype(own) for value in (*scalars, eps_in(XP, eps, own), offset, decay))
     update, new_mu, new_nu = scaled.rule(offset)(0.0, XP.cast(grad, own), XP.cast(mu, own), nu, 0.0, *scalars)
-    if decaying is not None:
-        update = mathematics(XP).coupled(update, XP.cast(decaying, own), -decay)
+    if decays:
+        update = mathematics(XP).coupled(update, XP.cast(param, own), -decay)
     given = [grad] if param is None else [grad, param]
     dtype = dtype_of(grad) if param is None else np.promote_types(dtype_of(grad), dtype_of(param))
     weak = all(is_weak(leaf) for leaf in given)

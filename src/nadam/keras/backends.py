@@ -15,7 +15,7 @@ from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
-from nadam.keras.slots import Slot, checked_gradient
+from nadam.keras.slots import Exclusion, Slot, checked_gradient
 
 Optimizer = Any
 # Backend -> module and class; any other (NumPy) does without what those know.
@@ -36,14 +36,16 @@ class Runtime:
     def __init__(self) -> None:
         self.slots: tuple[Slot, ...] = ()
         self.overwritten = False  # whether there are variables that their gradient overwrites
-        self.excluded: list[Any] = []
-        self.excluded_keys: set[Any] = set()  # of variables that Keras's own optimizer was told to exclude
-        self.excluded_patterns: list[str] = []
+        self.exclusion = Exclusion()
         self.pending: Any = None  # state that was loaded before the optimizer is built
         self.report: StepReport | None = None  # of the last eager step
         self.reported_at = (0, 0)  # calls and skipped ones after it
         self.window: tuple[int, set[int]] = (0, set())  # calls so far, and which had a gradient since the last update
-        self._forget()
+        self.exclusive = Exclusive()
+        self.counters: Counters | None = None
+        self.unsynced: bool = False  # whether the counters may be ahead of the variables
+        self.on_cpu = False
+        self.plans: dict[Any, Any] = {}
 
     def note(self, calls: int, report: StepReport) -> None:
         """Keep what an eager step did."""
@@ -57,20 +59,12 @@ class Runtime:
         """After a call: these variables had a gradient in it."""
         self.window = calls + 1, set() if updated else self.seen(calls) | set(members)
 
-    def _forget(self) -> None:
-        self.exclusive = Exclusive()
-        self.counters: Counters | None = None
-        self.unsynced: bool = False  # whether the counters may be ahead of the variables
-        self.on_cpu = False
-        self.plans: dict[Any, Any] = {}
-
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to this one's memory."""
         return {name: value for name, value in self.__dict__.items() if name not in OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.__dict__.update(vars(Runtime()) | state)
 
 
 class Backend:
@@ -83,10 +77,6 @@ class Backend:
     def near(self, optimizer: Optimizer, variable: Any) -> AbstractContextManager[Any]:
         """Around the creation of a variable's state: puts it on the same device."""
         return nullcontext()
-
-    def initial_value(self, variable: Any) -> Callable[..., Any]:
-        """An initializer that gives a variable's present value."""
-        return lambda shape, dtype: keras.ops.cast(keras.ops.copy(getattr(variable, "value", variable)), dtype)
 
     def alone(self, optimizer: Optimizer, work: Callable[..., None], *args: Any) -> None:
         """Do a step, ``work(*args)``, while no other thread does one."""
@@ -104,10 +94,6 @@ class Backend:
     def is_traced(self, value: Any) -> bool:
         """Whether a value is a tensor that is known only when a compiled program runs."""
         return False
-
-    def number(self, value: Any) -> Any:
-        """A scalar as a float; where it is traced, itself."""
-        return float(value)
 
     def call_on_host(
         self, optimizer: Optimizer, function: Callable[[int], tuple[float, ...]], calls: Any, count: int
@@ -154,8 +140,9 @@ class Backend:
     @staticmethod
     def _progress(optimizer: Optimizer, indices: Sequence[int]) -> traced.Progress:
         """The state of these variables."""
-        slots, product = optimizer._runtime.slots, optimizer._momentum_product.value
-        return traced.Progress(optimizer._iterations.value, product, [values(slots[i]) for i in indices])
+        slots = [optimizer._runtime.slots[i][:5] for i in indices]
+        tensors = [traced.Tensor(*(None if v is None else getattr(v, "value", v) for v in slot)) for slot in slots]
+        return traced.Progress(optimizer._iterations.value, optimizer._momentum_product.value, tensors)
 
     @staticmethod
     def _assign(optimizer: Optimizer, indices: Sequence[int], before: traced.Progress, after: traced.Progress) -> None:
@@ -208,11 +195,6 @@ def with_absent(
     return [*members, *absent], [*grads, *[None] * len(absent)]
 
 
-def values(slot: Slot) -> traced.Tensor:
-    """A variable's and its state's present values."""
-    return traced.Tensor(*(None if v is None else getattr(v, "value", v) for v in slot[:5]))
-
-
 def _when(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:
     return function(carry, True) if bool(condition) else carry
 
@@ -227,10 +209,7 @@ def info_of(slot: Slot) -> traced.ParamInfo:
 
 
 def _make() -> Backend:
-    known = _CLASSES.get(keras.backend.backend())
-    if known is None:
-        return Backend()
-    module, name = known
+    module, name = _CLASSES.get(keras.backend.backend(), (__name__, "Backend"))
     made: Backend = getattr(import_module(module), name)()
     return made
 

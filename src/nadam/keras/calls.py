@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from math import inf, nan
 from operator import is_
 from typing import Any
 
@@ -78,15 +79,16 @@ def step_and_overwrite(optimizer: Optimizer, members: Sequence[int], grads: list
 
 
 def now(optimizer: Optimizer, calls: Any) -> Now:
-    """What this call uses: numbers where they are known, else scalars of the backend.
-
-    It is for the number ``calls`` of calls before this one, an integer, traced or not.
-    """
+    """What the call after so many ``calls`` uses: numbers where they are known, else scalars of the backend."""
     rate, h = optimizer._learning_rate, optimizer._hyper
     if isinstance(rate, keras.Variable):
-        rate = backend.number(rate.value)
+        rate = rate.value
     elif isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        rate = backend.number(rate(calls))
+        rate = rate(calls)
+    if backend.is_traced(rate):  # it cannot raise: out of its range it makes everything NaN, which is seen
+        rate = keras.ops.where((rate >= 0) & (rate < inf), rate, nan)
+    elif rate is not optimizer._learning_rate:
+        rate = float(rate)
     asked = {"lr": rate, "beta1": h.beta1, "beta2": h.beta2}
     called = {name: value for name, value in asked.items() if callable(value)}
     if called:

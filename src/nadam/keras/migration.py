@@ -88,12 +88,12 @@ def _copy_exclusions(source: Optimizer, target: Optimizer) -> None:
         own = [v for v in source._trainable_variables if not source._use_weight_decay(v)]
         target.exclude_from_weight_decay(var_list=own)
     elif isinstance(source, Nadam):
-        runtime = source._runtime
-        target.exclude_from_weight_decay(runtime.excluded, runtime.excluded_patterns)
+        exclusion = source._runtime.exclusion
+        target.exclude_from_weight_decay(exclusion.variables, exclusion.patterns)
     else:
         pattern = getattr(source, "_exclude_from_weight_decay_pattern", None)
         target.exclude_from_weight_decay(var_names=[pattern.pattern] if pattern else None)
-        target._runtime.excluded_keys |= getattr(source, "_exclude_from_weight_decay", set())
+        target._runtime.exclusion.keys |= getattr(source, "_exclude_from_weight_decay", set())
 
 
 def _copy_state(source: Optimizer, target: Optimizer) -> None:

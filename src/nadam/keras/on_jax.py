@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from math import inf, nan
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from nadam.core import traced
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
 from nadam.core.traced import Progress
-from nadam.jax.step import call, is_traced
+from nadam.jax.step import XP, is_traced, means
 from nadam.keras.backends import SKIPPED, Backend, Optimizer, info_of, with_absent
 from nadam.keras.slots import checked_gradient
 from nadam.kernels.xla import ffi
@@ -31,12 +30,6 @@ class JaxBackend(Backend):
 
     def is_traced(self, value: Any) -> bool:
         return isinstance(value, jax.core.Tracer)
-
-    def number(self, value: Any) -> Any:
-        if not isinstance(value, jax.core.Tracer):
-            return float(value)
-        # A compiled step cannot raise: a learning rate out of its range makes everything NaN, which is seen.
-        return jnp.where((value >= 0) & (value < inf), value, nan)
 
     def call_on_host(
         self, optimizer: Optimizer, function: Callable[[int], tuple[float, ...]], calls: Any, count: int
@@ -59,9 +52,8 @@ class JaxBackend(Backend):
         # Constants stay Python's floats, from which 1 - beta is computed in float64.
         constants = tuple((name, now.pop(name)) for name in ("beta1", "beta2") if not callable(getattr(h, name)))
         infos = tuple(info_of(slots[i]) for i in indices)
-        program: Callable[..., Any] = partial(_call, h, infos, constants, ffi.usable())
-        if not is_traced((before, report, grads, now)):
-            program = _compiled(h, infos, constants)
+        traced_step = is_traced((before, report, grads, now))
+        program = _program(h, infos, constants, ffi.usable()) if traced_step else _compiled(h, infos, constants)
         after, report, norm, factor = program(before, report, grads, now)
         self._assign(optimizer, indices, before, after)
         if h.skip_nonfinite:
@@ -73,30 +65,25 @@ class JaxBackend(Backend):
             optimizer._runtime.note(int(after.calls), seen)
 
 
+def _program(h: Hyperparameters, infos: traced.Infos, constants: Any, kernels: bool) -> Callable[..., Any]:
+    def call(before: Progress, report: Any, grads: traced.Grads, now: dict[str, Any]) -> tuple[Progress, Any, Any, Any]:
+        """The new state and report; norm and clip factor where there are any."""
+        whole, inv_scale = Now(**dict(constants), **now), 1.0 / (h.loss_scale_factor or 1.0)
+        after, seen = traced.call(XP, h, infos, means(kernels), before, grads, whole, inv_scale)
+        norm, factor, skipped = seen
+        if report is not None:
+            numbers = [jnp.zeros_like(after.product) if value is None else value for value in (norm, factor)]
+            report = jnp.stack([*numbers, report[SKIPPED] + jnp.where(skipped, 1, 0)]).astype(report.dtype)
+        return after, report, norm, factor
+
+    return call
+
+
 @lru_cache(PROGRAMS_KEPT)
 def _compiled(h: Hyperparameters, infos: tuple[traced.ParamInfo, ...], constants: Any) -> Callable[..., Any]:
     # By the compiler's own loops, since here nothing is donated that a kernel could work on in place.
-    compiled: Callable[..., Any] = jax.jit(partial(_call, h, infos, constants, False))
+    compiled: Callable[..., Any] = jax.jit(_program(h, infos, constants, kernels=False))
     return compiled
-
-
-def _call(
-    h: Hyperparameters,
-    infos: Sequence[traced.ParamInfo],
-    constants: Any,
-    kernels: bool,
-    before: Progress,
-    report: Any,
-    grads: Sequence[Any],
-    now: dict[str, Any],
-) -> tuple[Progress, Any, Any, Any]:
-    """One call, with what Keras keeps of it: the new state and report; norm and clip factor where there are any."""
-    inv_scale = 1.0 / (h.loss_scale_factor or 1.0)
-    after, (norm, factor, skipped) = call(h, infos, kernels, before, grads, Now(**dict(constants), **now), inv_scale)
-    if report is not None:
-        seen = [jnp.zeros_like(after.product) if value is None else value for value in (norm, factor)]
-        report = jnp.stack([*seen, report[SKIPPED] + jnp.where(skipped, 1, 0)]).astype(report.dtype)
-    return after, report, norm, factor
 
 
 def _dense(variable: Any, grad: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from math import inf, nan
 from typing import Any, NamedTuple
 
 import keras
@@ -43,14 +42,9 @@ class TensorFlowBackend(Backend):
         return scope
 
     def is_traced(self, value: Any) -> bool:
-        return bool(tf.is_tensor(value)) and not hasattr(value, "numpy")
-
-    def number(self, value: Any) -> Any:
-        value = tf.convert_to_tensor(value)
-        if tf.executing_eagerly():
-            return float(value)
-        # A compiled step cannot raise: a learning rate out of its range makes everything NaN, which is seen.
-        return tf.where((value >= 0) & (value < inf), value, tf.constant(nan, value.dtype))
+        if tf.executing_eagerly() or not tf.is_tensor(value):
+            return False
+        return isinstance(value, tf.Variable) or not hasattr(value, "numpy")
 
     def call_on_host(
         self, optimizer: Optimizer, function: Callable[[int], tuple[float, ...]], calls: Any, count: int
@@ -151,77 +145,75 @@ def _call(
     xp, steps, inv_scale = keras.ops, h.gradient_accumulation_steps, 1.0 / (h.loss_scale_factor or 1.0)
     # With other replicas around, a function that is compiled by itself might not end up on its device.
     compiled: Any = partial(tf.function, jit_compile=True, autograph=False) if alone else lambda function: function
-    given = variables.slots[: len(variables.slots) - absent]
+    given, report = variables.slots[: len(variables.slots) - absent], variables.report
+    padded = [*grads, *[None] * absent]
+    in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    packed = packing.small(h, [slot[0] for slot in given], infos[: len(given)]) if alone and not in_xla else []
+    others = sorted(set(range(len(variables.slots))) - set(packed))
 
     @compiled
     def check(grads: list[Tensor]) -> Tensor:
         return traced.usable(xp, grads, list(map(_read, given)), inv_scale, h.check())
 
-    def accumulate(grads: list[Tensor]) -> None:
+    def note(norm: Any, factor: Any) -> None:
+        if report is not None:
+            report.assign(tf.stack([norm, factor, report[SKIPPED]]))
+
+    def accumulate(*_: Any) -> None:
         for slot, grad in zip(given, grads, strict=True):
             slot[4].assign_add(traced.unscaled(xp, grad, slot[4], inv_scale))
-        if variables.report is not None:
-            nothing = tf.zeros((), variables.report.dtype)
-            variables.report.assign(tf.stack([nothing, nothing, variables.report[SKIPPED]]))
+        note(*[tf.zeros((), variables.product.dtype)] * 2)
 
-    def norms(grads: list[Tensor]) -> Tensor:
+    def norms() -> Tensor | None:
         """Not compiled by itself: XLA on the CPU takes sums on one thread, a number at a time."""
         if not h.clips_by_norm:
             return None
-        given = list(map(_read, variables.slots)), [*grads, *[None] * absent], variables.product.dtype.name
-        return traced.norms(xp, *given, inv_scale=inv_scale, sum_of_squares=lambda g: 2.0 * tf.nn.l2_loss(g))
-
-    in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-    with_gradient = [slot[0] for slot in given], infos[: len(given)]
-    packed = packing.small(h, *with_gradient) if alone and not in_xla else []
-    others = sorted(set(range(len(variables.slots))) - set(packed))
+        whole = traced.summed(xp, list(map(_read, variables.slots)), padded, inv_scale)
+        return traced.norms_of(xp, whole, variables.product.dtype.name, lambda g: 2.0 * tf.nn.l2_loss(g))
 
     def change(
-        members: Sequence[int], one_pass: Any, grads: list[Tensor], now: dict[str, Tensor], norms: Tensor
+        members: Sequence[int], means: traced.Means, grads: list[Tensor], now: dict[str, Tensor], norms: Tensor
     ) -> Any:
         """Update some of the parameters; gives momentum product, norm and clip factor."""
-        slots, product = [variables.slots[i] for i in members], variables.product.read_value()
-        updates = variables.iterations.read_value() // (steps or 1)
-        arguments = (xp, h, Now(**constants, **now), updates, product, list(map(_read, slots)), grads)
-        options = {"inv_scale": inv_scale, "norms": norms, "one_pass": one_pass}
-        outcome = traced.update(*arguments, [infos[i] for i in members], **options)
+        slots, updates = [variables.slots[i] for i in members], variables.iterations.read_value() // (steps or 1)
+        before = traced.Progress(updates, variables.product.read_value(), list(map(_read, slots)))
+        own, current = [infos[i] for i in members], Now(**constants, **now)
+        outcome = traced.update(xp, h, own, means, before, grads, current, inv_scale, norms=norms)
         for slot, tensor in zip(slots, outcome.tensors, strict=True):
             for variable, value in zip(slot[:4], tensor[:4], strict=True):
                 if variable is not None:
                     variable.assign(value)
             if slot[4] is not None:
                 slot[4].assign(tf.zeros_like(slot[4]))
-        zero = tf.zeros_like(product)
-        return outcome.momentum_product, *(zero if x is None else x for x in (outcome.grad_norm, outcome.clip_factor))
+        return outcome[1:]
 
-    def update(grads: list[Tensor], now: dict[str, Tensor], norms: Tensor) -> None:
-        padded = [*grads, *[None] * absent]
-        report = None
+    def update(*_: Any) -> None:
+        seen, taken = None, norms()
         if others:
-            report = compiled(partial(change, others, None))([padded[i] for i in others], now, norms)
+            function = compiled(partial(change, others, traced.Means(_when)))
+            seen = function([padded[i] for i in others], now, taken)
         if packed:
-            report = change(packed, partial(packing.one_pass, h), [padded[i] for i in packed], now, norms)
-        assert report is not None
-        variables.product.assign(report[0])
-        if variables.report is not None:
-            variables.report.assign(tf.stack([*report[1:], variables.report[SKIPPED]]))
+            means = traced.Means(_when, one_pass=partial(packing.one_pass, h))
+            seen = change(packed, means, [padded[i] for i in packed], now, taken)
+        assert seen is not None
+        product, *measured = seen
+        variables.product.assign(product)
+        note(*measured)
 
-    def run() -> None:
-        if steps is None:
-            update(grads, now, norms(grads))
-        else:
-            updating = (variables.iterations.read_value() + 1) % steps == 0
-            tf.cond(updating, lambda: update(grads, now, norms(grads)), lambda: accumulate(grads))
-        variables.iterations.assign_add(1)
+    passed = True if report is None else check(grads)
+    accumulates, updates = traced.decided(h, variables.iterations.read_value(), passed)
+    if steps:
+        _when(accumulates, accumulate, None)
+    _when(updates, update, None)
+    variables.iterations.assign_add(tf.cast(passed, variables.iterations.dtype))
+    if report is not None:
+        report.assign_add(tf.where(passed, tf.zeros(3, report.dtype), tf.one_hot(SKIPPED, 3, dtype=report.dtype)))
 
-    if variables.report is None:
-        run()
-        return
 
-    def skip() -> None:
-        variables.report.assign(variables.report + tf.constant([0.0, 0.0, 1.0], variables.report.dtype))
-
-    tf.cond(check(grads), run, skip)
+def _when(condition: Any, function: Callable[[Any, Any], Any], carry: Any) -> Any:
+    if condition is True:
+        return function(carry, True)
+    return tf.cond(condition, lambda: function(carry, True), lambda: carry)
 
 
 def _read(slot: Sequence[Any]) -> traced.Tensor:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
 from keras import saving
 
-from nadam.core.config import SPELLING, Configured
+from nadam.core.config import FIELDS, SPELLING, Configured, hyperparameters
+from nadam.core.dtypes import COMPUTE_DTYPE
 from nadam.core.hyperparameters import Hyperparameters, Now, current
 from nadam.core.step import StepReport
 from nadam.keras import calls, slots, state
 from nadam.keras.backends import Runtime, backend
-from nadam.keras.slots import compute_dtype, path_of
+from nadam.keras.slots import plain
 
 Number = float | Callable[[], float]
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
@@ -89,56 +89,21 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        if kwargs:
-            raise ValueError(f"{next(iter(kwargs))}: not an argument of {type(self).__name__}")
-        hyper = Hyperparameters(
-            lr=_plain(learning_rate),
-            beta1=_plain(beta_1),
-            beta2=_plain(beta_2),
-            eps=epsilon,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            momentum_decay=momentum_decay,
-            skip_nonfinite=skip_nonfinite,
-            spelling=SPELLING,
-        )
+        hyper = hyperparameters({name: plain(value) for name, value in locals().items()})
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
-        super().__init__(
-            learning_rate=hyper.lr if callable(hyper.lr) else 0.0,
-            weight_decay=hyper.weight_decay,
-            clipnorm=hyper.clipnorm,
-            clipvalue=hyper.clipvalue,
-            global_clipnorm=hyper.global_clipnorm,
-            use_ema=hyper.use_ema,
-            ema_momentum=hyper.ema_momentum,
-            ema_overwrite_frequency=hyper.ema_overwrite_frequency,
-            loss_scale_factor=hyper.loss_scale_factor,
-            gradient_accumulation_steps=hyper.gradient_accumulation_steps,
-            name=name,
-        )
-        if not callable(hyper.lr):
-            self._learning_rate = self._new_learning_rate(hyper.lr)
-        self._runtime = Runtime()
-
-    def _new_learning_rate(self, value: float) -> Any:
-        """A variable for the learning rate, in place of Keras's, which has half precision where everything has."""
-        if isinstance(self._learning_rate, keras.Variable):
+        shared = {field: getattr(hyper, field) for field in FIELDS if field not in (*SPELLING, *_UNCHANGED)}
+        super().__init__(learning_rate=hyper.lr if callable(hyper.lr) else 0.0, name=name, **shared)
+        if not callable(hyper.lr):  # in a variable of its own: Keras's has half precision where everything has
             self._untrack_variable(self._learning_rate)
-        dtype = compute_dtype(keras.config.floatx())
-        initializer = keras.initializers.Constant(value)
-        return self.add_variable((), initializer, dtype, aggregation="only_first_replica", name="learning_rate")
+            kind = {"dtype": COMPUTE_DTYPE[keras.config.floatx()], "aggregation": "only_first_replica"}
+            initializer = keras.initializers.Constant(hyper.lr)
+            self._learning_rate: Any = self.add_variable((), initializer, name="learning_rate", **kind)
+        self._runtime = Runtime()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """For a setting, the value of a variable: Keras would take the variable itself for one of the optimizer's."""
         is_setting = isinstance(value, keras.Variable) and hasattr(type(self), name)
-        super().__setattr__(name, _plain(value) if is_setting else value)
+        super().__setattr__(name, plain(value) if is_setting else value)
 
     @property
     def learning_rate(self) -> Any:
@@ -159,7 +124,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
                 f"learning_rate={value!r}: not settable, since it follows {self._learning_rate!r}; set a schedule"
             )
         if not backend.is_traced(value):
-            value = Hyperparameters(lr=_plain(value), spelling=SPELLING).lr
+            value = Hyperparameters(lr=plain(value), spelling=SPELLING).lr
         if not isinstance(self._learning_rate, keras.Variable):
             raise TypeError(f"learning_rate={value!r}: not settable, since it is what {self._learning_rate!r} gives")
         self._learning_rate.assign(value)
@@ -207,23 +172,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         if getattr(self, "built", False):  # by another thread meanwhile
             return
         with backend.building():
-            created, self._momentum_product = slots.create(self, variables, backend)
-            if self.skip_nonfinite:
-                self._report = self.add_variable((3,), "zeros", self._momentum_product.dtype, name="report")
-        self._runtime.slots = created
-        self._runtime.overwritten = any(slot.exp_avg is None for slot in created)
-        kept: dict[str, Any] = {
-            "_trainable_variables": variables,
-            "_trainable_variables_indices": {self._var_key(v): i for i, v in enumerate(variables)},
-            "_momentums": [slot.exp_avg for slot in created],
-            "_velocities": [slot.exp_avg_sq for slot in created],
-        }
-        if self.use_ema:
-            kept["_model_variables_moving_average"] = [slot.ema for slot in created]
-        if self.gradient_accumulation_steps:
-            kept["_accumulated_gradients"] = [slot.accumulator for slot in created]
-        for name, value in kept.items():
-            object.__setattr__(self, name, value)  # Keras need not look into these: it has the variables already
+            slots.build(self, variables, backend)
         backend.built(self)
         self.built = True
         pending, self._runtime.pending = self._runtime.pending, None
@@ -253,25 +202,14 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             >>> optimizer = Nadam(weight_decay=0.01)
             >>> optimizer.exclude_from_weight_decay(var_names=["bias", "norm"])
         """
-        if self.built:
-            raise ValueError("exclude_from_weight_decay: can be called only before the optimizer is built")
         if isinstance(var_names, str):
             raise TypeError(f"var_names={var_names!r}: expected a list of strings")
-        names = tuple(var_names or ())
-        for pattern in names:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"var_names: {pattern!r} is no regular expression: {error}") from None
-        self._runtime.excluded += var_list if var_list is not None else ()
-        self._runtime.excluded_patterns += names
+        patterns = self._excluded_patterns(var_names)
+        self._runtime.exclusion.variables += var_list if var_list is not None else ()
+        self._runtime.exclusion.patterns += patterns
 
     def _use_weight_decay(self, variable: Any) -> bool:
-        runtime, path = self._runtime, path_of(variable)
-        keys = runtime.excluded_keys.union(map(self._var_key, runtime.excluded))
-        return self._var_key(variable) not in keys and not any(
-            re.search(pattern, path) for pattern in runtime.excluded_patterns
-        )
+        return self._runtime.exclusion.decays(variable, self._var_key)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Do one step.
@@ -342,8 +280,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         config.update({"beta_1": _serialized(self.beta_1), "beta_2": _serialized(self.beta_2), "epsilon": self.epsilon})
         ours = {name: getattr(self, name) for name in _UNCHANGED}
         config.update({name: value for name, value in ours.items() if value != _UNCHANGED[name]})
-        patterns = [*self._runtime.excluded_patterns, *(_pattern(path_of(v)) for v in self._runtime.excluded)]
-        return {**config, EXCLUDED: patterns} if patterns else config
+        excluded = self._runtime.exclusion.as_patterns()
+        return {**config, EXCLUDED: excluded} if excluded else config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
@@ -363,19 +301,6 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
 
 Nadam.__module__ = "nadam.keras"  # where a saved model finds it
 backend.finish(Nadam)
-
-
-def _plain(value: Any) -> Any:
-    """A variable's or tensor's value as NumPy has it; anything else as it is."""
-    if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
-        return keras.ops.convert_to_numpy(value)
-    return value
-
-
-def _pattern(path: str) -> str:
-    """What finds a path, and the same without the model's name, which Keras leaves out when it loads the model."""
-    model, slash, rest = path.partition("/")
-    return f"^({re.escape(model + slash)})?{re.escape(rest)}$" if slash else f"^{re.escape(path)}$"
 
 
 def _serialized(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -24,14 +25,11 @@ class Slot(NamedTuple):
     decays: bool
 
 
-def compute_dtype(dtype: str) -> str:
-    """What variables of a dtype are computed in; their moments, average and accumulator have it.
-
-    Example:
-        >>> compute_dtype("bfloat16"), compute_dtype("float64")
-        ('float32', 'float64')
-    """
-    return COMPUTE_DTYPE[dtype]
+def plain(value: Any) -> Any:
+    """A variable's or tensor's value as NumPy has it; anything else as it is."""
+    if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value)
+    return value
 
 
 def path_of(variable: Variable) -> str:
@@ -39,8 +37,31 @@ def path_of(variable: Variable) -> str:
     return str(getattr(variable, "path", None) or variable.name)
 
 
-def create(optimizer: Optimizer, variables: Sequence[Variable], backend: Any) -> tuple[tuple[Slot, ...], Variable]:
-    """Create the optimizer variables of some variables, in Keras's order."""
+class Exclusion:
+    """What is excluded from weight decay."""
+
+    def __init__(self) -> None:
+        self.variables: list[Variable] = []
+        self.keys: set[Any] = set()  # of variables that Keras's own optimizer was told to exclude
+        self.patterns: list[str] = []
+
+    def decays(self, variable: Variable, key_of: Callable[[Variable], Any]) -> bool:
+        """Whether a variable is not excluded."""
+        if key_of(variable) in self.keys.union(map(key_of, self.variables)):
+            return False
+        return not any(re.search(pattern, path_of(variable)) for pattern in self.patterns)
+
+    def as_patterns(self) -> list[str]:
+        """All of it as patterns, with and without the model's name, which Keras leaves out when it loads the model."""
+        exact = []
+        for variable in self.variables:
+            model, slash, rest = path_of(variable).partition("/")
+            exact.append(f"^({re.escape(model + slash)})?{re.escape(rest)}$" if slash else f"^{re.escape(model)}$")
+        return [*self.patterns, *exact]
+
+
+def build(optimizer: Optimizer, variables: list[Variable], backend: Any) -> None:
+    """Create the optimizer variables in Keras's order, and leave them where Keras looks for them."""
     dtypes = [_state_dtype(optimizer, variable) for variable in variables]
     if len({optimizer._var_key(variable) for variable in variables}) != len(variables):
         raise ValueError("variables: the same variable twice")
@@ -53,18 +74,31 @@ def create(optimizer: Optimizer, variables: Sequence[Variable], backend: Any) ->
         with backend.near(optimizer, variable):
             return optimizer.add_variable(variable.shape, initializer, dtype, layout=layout, name=own_name)
 
+    def present(variable: Variable) -> Any:
+        return lambda shape, dtype: keras.ops.cast(keras.ops.copy(getattr(variable, "value", variable)), dtype)
+
     given = list(zip(variables, dtypes, strict=True))
+    kept: dict[str, Any] = {"_trainable_variables": variables}
+    kept["_trainable_variables_indices"] = {optimizer._var_key(v): i for i, v in enumerate(variables)}
     averages, accumulators = [None] * len(given), [None] * len(given)
     if optimizer.use_ema:
-        averages = [add(variable, dtype, "average", backend.initial_value(variable)) for variable, dtype in given]
+        averages = [add(variable, dtype, "average", present(variable)) for variable, dtype in given]
+        kept["_model_variables_moving_average"] = averages
     if optimizer.gradient_accumulation_steps:
         accumulators = [add(v, dtype or v.dtype, "gradient_accumulator") for v, dtype in given]
+        kept["_accumulated_gradients"] = accumulators
     moments = [(add(v, dtype, "momentum"), add(v, dtype, "velocity")) for v, dtype in given]
-    scalars = "float64" if "float64" in dtypes else "float32" if any(dtypes) else compute_dtype(keras.config.floatx())
-    product = optimizer.add_variable((), "ones", scalars, name="momentum_product")
-    decays = [optimizer._use_weight_decay(variable) for variable in variables]
+    kept["_momentums"], kept["_velocities"] = map(list, zip(*moments, strict=True)) if moments else ([], [])
+    scalars = "float64" if "float64" in dtypes else "float32" if any(dtypes) else COMPUTE_DTYPE[keras.config.floatx()]
+    optimizer._momentum_product = optimizer.add_variable((), "ones", scalars, name="momentum_product")
+    if optimizer.skip_nonfinite:
+        optimizer._report = optimizer.add_variable((3,), "zeros", scalars, name="report")
+    decays = map(optimizer._use_weight_decay, variables)
     parts = zip(variables, moments, averages, accumulators, decays, strict=True)
-    return tuple(Slot(variable, *both, *rest) for variable, both, *rest in parts), product
+    optimizer._runtime.slots = tuple(Slot(variable, *both, *rest) for variable, both, *rest in parts)
+    optimizer._runtime.overwritten = None in dtypes
+    for name, value in kept.items():
+        object.__setattr__(optimizer, name, value)  # Keras need not look into these: it has the variables already
 
 
 def _state_dtype(optimizer: Optimizer, variable: Variable) -> str | None:
@@ -73,13 +107,13 @@ def _state_dtype(optimizer: Optimizer, variable: Variable) -> str | None:
         return None
     dtype = keras.backend.standardize_dtype(variable.dtype)
     try:
-        return compute_dtype(dtype)
+        return COMPUTE_DTYPE[dtype]
     except KeyError:
         raise TypeError(f"{path_of(variable)}: dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPE)}") from None
 
 
 def checked_gradient(variable: Variable, grad: Any) -> Any:
-    """A gradient, as a tensor."""
+    """A gradient as a tensor, of its variable's shape and of real numbers."""
     tensor = keras.ops.convert_to_tensor(grad)
     shape, own = tuple(tensor.shape), tuple(variable.shape)
     if len(shape) != len(own) or any(n is not None and n != m for n, m in zip(shape, own, strict=True)):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.scalars import momentum
+from nadam.core.scalars import momentum_product
 from nadam.keras.slots import path_of
 
 Array = NDArray[Any]
@@ -45,20 +46,19 @@ class Labelled(np.ndarray):
 
 def labels(optimizer: Optimizer) -> list[Label]:
     """What the optimizer's variables are, in their order, which is Keras's."""
-    slots = optimizer._runtime.slots
-    rate = [Label(LEARNING_RATE)] if isinstance(optimizer._learning_rate, keras.Variable) else []
-    paths = [(slot, path_of(slot.variable)) for slot in slots]
-    moments = [
-        Label(name, path) for slot, path in paths if slot.exp_avg is not None for name in ("momentum", "velocity")
-    ]
+
+    def each(field: str, *names: str) -> list[Label]:
+        slots = [slot for slot in optimizer._runtime.slots if getattr(slot, field) is not None]
+        return [Label(name, path_of(slot.variable)) for slot in slots for name in names]
+
     return [
         Label(ITERATION),
-        *rate,
-        *(Label("average", path) for slot, path in paths if slot.ema is not None),
-        *(Label("gradient_accumulator", path) for slot, path in paths if slot.accumulator is not None),
-        *moments,
-        *([Label(PRODUCT)] if optimizer.built else []),
-        *([Label(REPORT)] if optimizer.built and optimizer.skip_nonfinite else []),
+        *[Label(LEARNING_RATE)] * isinstance(optimizer._learning_rate, keras.Variable),
+        *each("ema", "average"),
+        *each("accumulator", "gradient_accumulator"),
+        *each("exp_avg", "momentum", "velocity"),
+        *[Label(PRODUCT)] * optimizer.built,
+        *[Label(REPORT)] * (optimizer.built and optimizer.skip_nonfinite),
     ]
 
 
@@ -111,9 +111,7 @@ class Entry(NamedTuple):
 
 def _read(store: Any) -> list[Entry]:
     """The arrays of a store in their order, with their labels."""
-    read = []
-    group = getattr(store, "_h5_entry_group", None)
-    owner = dict(getattr(group, "attrs", {})).get("name")
+    read, owner = [], dict(getattr(getattr(store, "_h5_entry_group", None), "attrs", {})).get("name")
     for key in sorted(store.keys(), key=_position):
         array = store[key]
         marks = dict(getattr(array, "attrs", None) or _attributes(store, key) or {})
@@ -129,9 +127,7 @@ def load(optimizer: Optimizer, read: Sequence[Entry]) -> None:
     if len(read) <= 2 and all(entry.is_ours for entry in read):
         read = _completed(optimizer, read, wanted)
     read = _matched(optimizer, list(read), wanted)
-    values = []
-    for label, variable, entry in zip(wanted, variables, read, strict=True):
-        values.append(_checked(label, variable, entry))
+    values = [_checked(*each) for each in zip(wanted, variables, read, strict=True)]
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
@@ -155,34 +151,21 @@ def _matched(optimizer: Optimizer, read: list[Entry], wanted: list[Label]) -> li
         read.append(Entry(np.asarray(product_after(optimizer, int(read[0].array))), None, None, NADAM))
     named = [entry.label for entry in read]
     if None not in named:
-        slots, expected = ([label.slot for label in those if label] for those in (named, wanted))
-        if sorted(slots) != sorted(expected):
-            raise ValueError(f"optimizer state: {_difference(slots, expected)}")
+        have, want = (Counter(label.slot for label in those if label) for those in (named, wanted))
+        wrong = [f"{have[s]} arrays {s!r}, expected {want[s]}" for s in want | have if have[s] != want[s]]
+        if wrong:
+            raise ValueError(f"optimizer state: {'; '.join(wrong)}")
         by_label = dict(zip(named, read, strict=True))
         if set(by_label) == set(wanted):
             return [by_label[label] for label in wanted]
         # Of another model of the same kind: layers that Keras names anew in each process.
     if len(read) != len(wanted):
-        raise ValueError(f"optimizer state: {len(read)} arrays, expected {len(wanted)}: {', '.join(_counts(wanted))}")
+        counts = ", ".join(f"{count} {slot}" for slot, count in Counter(label.slot for label in wanted).items())
+        raise ValueError(f"optimizer state: {len(read)} arrays, expected {len(wanted)}: {counts}")
     for entry, label in zip(read, wanted, strict=True):
         if entry.label is not None and entry.label.slot != label.slot:
             raise ValueError(f"optimizer state: {entry.label}, expected {label}")
     return read
-
-
-def _difference(found: list[str], expected: list[str]) -> str:
-    parts = []
-    for slot in dict.fromkeys([*expected, *found]):
-        have, want = found.count(slot), expected.count(slot)
-        if have != want:
-            parts.append(f"{have} arrays {slot!r}, expected {want}")
-    return "; ".join(parts)
-
-
-def _counts(wanted: list[Label]) -> Iterator[str]:
-    slots = [label.slot for label in wanted]
-    for slot in dict.fromkeys(slots):
-        yield f"{slots.count(slot)} {slot}"
 
 
 def _checked(label: Label, variable: Any, entry: Entry) -> Array:
@@ -213,12 +196,7 @@ def product_after(optimizer: Optimizer, calls: int) -> float:
     h = optimizer._hyper
     if callable(h.beta1):
         raise ValueError("beta_1: it is computed at each step, so the missing momentum product cannot be computed")
-    product = 1.0
-    for step in range(1, min(calls // (h.gradient_accumulation_steps or 1), 100_000) + 1):
-        product *= momentum(h.beta1, h.momentum_decay, step)
-        if product == 0.0:
-            break
-    return product
+    return momentum_product(calls // (h.gradient_accumulation_steps or 1), h.beta1, h.momentum_decay)
 
 
 def _checksum(array: Array) -> int:

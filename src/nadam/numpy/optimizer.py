@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.config import SPELLING, Configured
+from nadam.core.config import Configured, hyperparameters
 from nadam.core.exclusive import Exclusive, loading
-from nadam.core.hyperparameters import Hyperparameters, current, is_schedule
+from nadam.core.hyperparameters import current, is_schedule
 from nadam.core.schedules import LearningRateSchedule
 from nadam.core.step import Bucket, StepReport, step
 from nadam.numpy.parameters import Exclusion, Parameters
@@ -90,28 +89,9 @@ class Nadam(Configured):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        if kwargs:
-            raise ValueError(f"{next(iter(kwargs))}: not an argument of {type(self).__name__}")
+        self._hyper = hyperparameters(locals())
         self.name = name
         self.last_step: StepReport | None = None
-        self._hyper = Hyperparameters(
-            lr=learning_rate,
-            beta1=beta_1,
-            beta2=beta_2,
-            eps=epsilon,
-            weight_decay=weight_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            use_ema=use_ema,
-            ema_momentum=ema_momentum,
-            ema_overwrite_frequency=ema_overwrite_frequency,
-            loss_scale_factor=loss_scale_factor,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            momentum_decay=momentum_decay,
-            skip_nonfinite=skip_nonfinite,
-            spelling=SPELLING,
-        )
         self._parameters: Parameters | None = None
         self._exclusion = Exclusion([], [])
         self._exclusive = Exclusive()
@@ -205,18 +185,11 @@ class Nadam(Configured):
             >>> optimizer = Nadam(weight_decay=0.01)
             >>> optimizer.exclude_from_weight_decay(var_names=["bias", "norm"])
         """
-        if self.built:
-            raise ValueError("exclude_from_weight_decay: can be called only before the optimizer is built")
         if isinstance(var_list, np.ndarray) or isinstance(var_names, str):
             raise TypeError("exclude_from_weight_decay: expected lists of arrays and of strings")
-        names = list(var_names or [])
-        for pattern in names:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"var_names: {pattern!r} is no regular expression: {error}") from None
+        patterns = self._excluded_patterns(var_names)
         self._exclusion.arrays.extend(var_list or [])
-        self._exclusion.patterns.extend(names)
+        self._exclusion.patterns.extend(patterns)
 
     def apply(
         self,

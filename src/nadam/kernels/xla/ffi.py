@@ -24,7 +24,6 @@ from nadam.kernels.layout import CHUNK, CHUNK_COLUMNS, COLUMNS
 
 # Scratch memory of a call in words: as in handler.py, and for each chunk what `measure` sums up.
 FIXED, PER_CHUNK = 32, CHUNK_COLUMNS + 2
-FORMATS = {"float16", "bfloat16", "float32", "float64"}
 Array = Any
 
 
@@ -34,31 +33,25 @@ def usable() -> bool:
 
 
 def one_pass(p: Pass, tensors: Sequence[Tensor], infos: Sequence[ParamInfo]) -> dict[int, Tensor]:
-    """New tensors by their place, accumulators cleared; in place where the caller donates.
-
-    All but those with a constraint, which are left to the compiler.
-    """
-    flags = p.flags
+    """New tensors by their place, all but those with a constraint; in place where the caller donates."""
     alike: dict[tuple[str, str], list[int]] = {}
     for i, (tensor, grad, info) in enumerate(zip(tensors, p.gradients, infos, strict=True)):
         formats = dtype_of(tensor.param), "" if grad is None else dtype_of(grad)
-        if info.constraint is None and set(formats) <= FORMATS:
+        if info.constraint is None and set(formats) <= COMPUTE_DTYPE.keys():
             alike.setdefault(formats, []).append(i)
     done = {}
     for formats, members in alike.items():
         own, width = COMPUTE_DTYPE[formats[0]], len(members)
-        chosen = [tensors[i] for i in members]
-        s = p.scalars_in(jnp, own)
+        s, flags = p.scalars_in(jnp, own), p.flags
         factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
         decays = [float(infos[i].decays) for i in members]
         operands = [_vector(s, own), _vector(factors, own), _vector(decays, own) * s.decay.astype(own)]
         grads = [p.gradients[i] for i in members]
         fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * flags.averaged, *["accumulator"] * flags.accumulated]
-        state = [getattr(tensor, field) for field in fields for tensor in chosen]
-        results = _call("one_pass", (*formats, *flags), [*operands, *grads], state, grads, state)
+        state = [getattr(tensors[i], field) for field in fields for i in members]
+        results = _call("one_pass", (*formats, *flags), [*operands, *grads], grads, state)
         for place, i in enumerate(members):
-            new = dict(zip(fields, results[place::width], strict=True))
-            done[i] = tensors[i]._replace(**new)
+            done[i] = tensors[i]._replace(**dict(zip(fields, results[place::width], strict=True)))
     return done
 
 
@@ -70,29 +63,24 @@ def measure(
     None where the kernel cannot: in float64, where its sums may overflow, and of more than one format.
     """
     formats = {(dtype_of(grad), dtype_of(tensor.exp_avg)) for grad, tensor in zip(grads, tensors, strict=True)}
-    if len(formats) != 1 or not formats <= {(name, "float32") for name in FORMATS}:
+    if len(formats) != 1 or not formats <= {(name, "float32") for name in COMPUTE_DTYPE}:
         return None
     ((grad_format, own),) = formats
     counted, largest = check is not Check.NOTHING, largest_passing(own, check)
     operands = [_vector((inv_scale, largest, 1.0 if accumulated else 1.0 / inv_scale), own), *grads]
     operands += [tensor.accumulator for tensor in tensors] if accumulated else []
     shapes = [jax.ShapeDtypeStruct((len(grads),), own), jax.ShapeDtypeStruct((1,), "int32")]
-    norms, outside = _call("measure", (grad_format, own, accumulated, counted), operands, [], grads, shapes)
+    norms, outside = _call("measure", (grad_format, own, accumulated, counted), operands, grads, (), shapes)
     return norms, outside[0] == 0
 
 
 def _call(
-    name: str,
-    variant: tuple[Any, ...],
-    operands: Sequence[Array],
-    changed: Sequence[Array],
-    sized: Sequence[Array],
-    results: Sequence[Any],
+    name: str, variant: tuple[Any, ...], operands: Sequence[Array], grads: Sequence[Array], changed: Any, new: Any = ()
 ) -> list[Array]:
-    """Call a handler of handler.py, whose tables are of the arrays ``sized``; what is ``changed`` comes first."""
-    chunks = sum(-(-array.size // CHUNK) for array in sized)
-    words = FIXED + COLUMNS * len(sized) + PER_CHUNK * chunks
-    shapes = [jax.ShapeDtypeStruct((2 * words,), jnp.int32), *(jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results)]
+    """What a handler of handler.py gives: what is ``changed``, in place, then results of ``new`` shapes."""
+    words = FIXED + COLUMNS * len(grads) + PER_CHUNK * sum(-(-grad.size // CHUNK) for grad in grads)
+    shapes = [jax.ShapeDtypeStruct((2 * words,), jnp.int32)]
+    shapes += [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (*changed, *new)]
     aliases = {len(operands) + i: 1 + i for i in range(len(changed))}
     function = jax.ffi.ffi_call(_target(name, variant), shapes, input_output_aliases=aliases)
     return list(function(*operands, *changed)[1:])

@@ -108,41 +108,46 @@ def tables(scratch, count):
 
 
 @njit
+def chunk(s, i):
+    """The words of a chunk."""
+    return integers(s[BLOCK + at.CHUNKS] + 8 * at.CHUNK_COLUMNS * i)
+
+
+@njit
 def cut(scratch, tensor, elements):
     """Add a tensor's chunks; gives its elements."""
     s = integers(scratch)
     for start in range(0, elements, at.CHUNK):
-        chunk = integers(s[BLOCK + at.CHUNKS] + 8 * at.CHUNK_COLUMNS * s[BLOCK + at.NUM_CHUNKS])
-        chunk[at.TENSOR], chunk[at.START], chunk[at.COUNT] = tensor, start, min(at.CHUNK, elements - start)
+        c = chunk(s, s[BLOCK + at.NUM_CHUNKS])
+        c[at.TENSOR], c[at.START], c[at.COUNT] = tensor, start, min(at.CHUNK, elements - start)
         s[BLOCK + at.NUM_CHUNKS] += 1
     return elements
+
+
+@njit
+def ask(function, scratch, size, first, second, third):
+    """Call a function of XLA's with a struct of arguments; gives 0 where it succeeds."""
+    arguments = integers(scratch + 8 * CALL)
+    arguments[0], arguments[1], arguments[2], arguments[3], arguments[4] = size, 0, first, second, third
+    return call(function, scratch + 8 * CALL)
 
 
 @njit
 def share_out(frame, task, scratch, elements):
     """Have XLA's threads help; the call then ends with the last of them."""
     f, s = integers(frame), integers(scratch)
-    api, arguments = integers(f[API]), integers(scratch + 8 * CALL)
+    api, threads = integers(f[API]), scratch + 8 * (CALL + 5)
     s[WORKERS] = 1
-    if elements < WORTH_SHARING:
-        return
-    threads = scratch + 8 * (CALL + 5)
-    arguments[0], arguments[1], arguments[2], arguments[3] = NUM_THREADS_SIZE, 0, f[CONTEXT], threads
-    if call(api[NUM_THREADS], scratch + 8 * CALL) != 0:
+    if elements < WORTH_SHARING or ask(api[NUM_THREADS], scratch, NUM_THREADS_SIZE, f[CONTEXT], threads, 0) != 0:
         return
     helpers = min(integers(threads)[0], s[BLOCK + at.NUM_CHUNKS], MAX_THREADS) - 1
-    if helpers < 1:
+    if helpers < 1 or ask(api[FUTURE_CREATE], scratch, FUTURE_SIZE, 0, 0, 0) != 0:
         return
-    arguments[0], arguments[1], arguments[2] = FUTURE_SIZE, 0, 0
-    if call(api[FUTURE_CREATE], scratch + 8 * CALL) != 0:
-        return
-    f[FUTURE] = s[REPORT + 1] = arguments[2]
+    f[FUTURE] = s[REPORT + 1] = s[CALL + 2]
     s[REPORT] = api[FUTURE_SET_AVAILABLE]
     s[WORKERS] = helpers + 1
     for _ in range(helpers):
-        arguments[0], arguments[1], arguments[2] = SCHEDULE_SIZE, 0, f[CONTEXT]
-        arguments[3], arguments[4] = task, scratch
-        if call(api[SCHEDULE], scratch + 8 * CALL) != 0:
+        if ask(api[SCHEDULE], scratch, SCHEDULE_SIZE, f[CONTEXT], task, scratch) != 0:
             leave(scratch + 8 * WORKERS)
 
 
@@ -156,9 +161,7 @@ def handler(kernel: Any, fill: Any, end: Any) -> Any:
             end(scratch)
             s = integers(scratch)
             if s[REPORT] != 0:
-                arguments = integers(scratch + 8 * CALL)
-                arguments[0], arguments[1], arguments[2] = FUTURE_SIZE, 0, s[REPORT + 1]
-                call(s[REPORT], scratch + 8 * CALL)
+                ask(s[REPORT], scratch, FUTURE_SIZE, s[REPORT + 1], 0, 0)
 
     @njit(error_model="numpy", _nrt=False)
     def entry(given, task):
@@ -175,20 +178,13 @@ def handler(kernel: Any, fill: Any, end: Any) -> Any:
 
 
 def one_pass(
-    param_format: str,
-    grad_format: str,
-    accumulated: bool,
-    limited: bool,
-    penalized: bool,
-    averaged: bool,
+    param_format: str, grad_format: str, accumulated: bool, limited: bool, penalized: bool, averaged: bool
 ) -> Any:
     """The handler that updates parameters, moments and average in one pass; in place, so results alias operands.
 
     Operands: the fields of `scalars.Scalars`; a factor for each gradient; a decay for each parameter; gradients,
     parameters, both moments, averages and accumulators if there are any. Results: scratch memory, then all that was
-    given from the parameters on.
-
-    The arguments are those of `passes.one_pass`.
+    given from the parameters on. The arguments are those of `passes.one_pass`.
     """
     columns = (at.PARAM, at.EXP_AVG, at.EXP_AVG_SQ, *([at.EMA] * averaged), *([at.ACCUMULATOR] * accumulated))
     state = len(columns)
@@ -221,9 +217,7 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
 
     Operands: what multiplies the gradients, the largest magnitude that is not counted, what multiplies the result;
     gradients; accumulators if there are any. Results: scratch memory, the norm of each gradient, how many values are
-    too large.
-
-    The arguments are those of `passes.measure`.
+    too large. The arguments are those of `passes.measure`.
     """
     values, to_compute = pointer_to(FORMATS[compute].storage), CASTS[compute]
 
@@ -253,17 +247,14 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
         s = integers(scratch)
         norms, outside = values(s[RESULT]), small_integers(s[RESULT + 1])
         sums, counts = doubles(s[BLOCK + at.EXTRA + 2]), integers(s[BLOCK + at.EXTRA + 3])
-        t, total, too_large = 0, 0.0, 0
-        for i in range(s[BLOCK + at.NUM_CHUNKS]):
-            tensor = integers(s[BLOCK + at.CHUNKS] + 8 * at.CHUNK_COLUMNS * i)[at.TENSOR]
-            while t < tensor:
-                norms[t] = to_compute(math.sqrt(total))
-                t, total = t + 1, 0.0
-            total += sums[i]
-            too_large += counts[i] != 0
-        while t < s[COUNTED]:
+        i, too_large = 0, 0
+        for t in range(s[COUNTED]):
+            total = 0.0
+            while i < s[BLOCK + at.NUM_CHUNKS] and chunk(s, i)[at.TENSOR] == t:
+                total += sums[i]
+                too_large += counts[i] != 0
+                i += 1
             norms[t] = to_compute(math.sqrt(total))
-            t, total = t + 1, 0.0
         outside[0] = too_large
 
     return handler(passes.measure(grad_format, compute, accumulated, counted), fill, end)
