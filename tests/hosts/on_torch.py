@@ -1,6 +1,7 @@
 """`nadam.torch.NAdam` as three hosts: by the CPU's kernel, PyTorch's foreach operations, or the GPU's kernels."""
 
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from unittest.mock import patch
 
 import numpy as np
@@ -21,6 +22,9 @@ class Torch(Host):
         if way == "triton":
             self.environment, self.needs = {"TRITON_INTERPRET": "1"}, ("torch", "triton")
             self.shapes, self.steps, self.dense, self.dtypes = SMALL, 10, True, Host.dtypes
+
+    def available(self):
+        return super().available() and (self.way != "triton" or has_interpreter())
 
     @contextmanager
     def surroundings(self):
@@ -90,6 +94,12 @@ class Torch(Host):
     def _last_step(self):
         last = self.optimizer.last_step
         return last.read() if hasattr(last, "read") else last
+
+
+def has_interpreter():
+    """Triton 3.6's loops by numbers in arrays of one element, which NumPy 2.4 no longer converts."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return triton >= (3, 7) or numpy < (2, 4)
 
 
 def to_torch(array):
