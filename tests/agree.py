@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from arguments import DEFAULTS, problem
+from arguments import DEFAULTS, cases, problem
 from cases import BFLOAT16, apart
 from hosts import HOSTS
 from hosts.base import MOMENTS, spelled
@@ -13,15 +13,27 @@ SHAPES = [(7, 5), (), (257,), (0, 3)]
 CONSTRAINTS = {"NonNeg": lambda param: np.maximum(param, 0.0)}  # of Keras, by name
 
 
-def agree(name, case):
+def runs(names):
+    """Every case of some hosts that the reference knows."""
+    found = [(name, case) for name in names for case in cases(HOSTS[name]())]
+    # A parameter of PyTorch's that misses a gradient has its own momentum product, which the reference has not.
+    return [(name, case) for name, case in found if not (case.missing and name.split()[0] in ("torch", "triton"))]
+
+
+def step_against_reference(name, case, given=None):
     """Run a host and compare params, state and report after every step with what the reference makes of the last.
+
+    Args:
+        name: Of the host.
+        case: Settings and dtypes.
+        given: Parameters and the gradients of each step, instead of those that are drawn for the case.
 
     Raises:
         AssertionError: Something is further apart than `allowed`.
     """
     host = HOSTS[name]()
     host.shapes = SHAPES
-    params, all_grads = problem(case, host, STEPS)
+    params, all_grads = given or problem(case, host, STEPS)
     settings = DEFAULTS | case.settings
     names = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
     known = spelled({k: v for k, v in settings.items() if k not in ("remainder", "exp_avg_dtype", "seed")}, **names)
@@ -125,7 +137,8 @@ def check_report(reference, report):
     if report is None:
         return
     steps = reference.settings["gradient_accumulation_steps"] or 1
-    step, _, norm, factor, skipped, was_skipped = report
+    step, lr, norm, factor, skipped, was_skipped = report
+    assert np.isclose(lr, reference.lr, rtol=1e-6, atol=0) or np.isnan(lr)  # which Keras does not know of a callable
     assert (step, skipped, was_skipped) == (reference.i // steps, reference.skipped, False)
     if reference.i % steps == 0:
         for ours, theirs in ((norm, reference.norm), (factor, reference.factor)):

@@ -61,6 +61,7 @@ class Reference:
         k = s["gradient_accumulation_steps"] or 1
         n = self.i // k
         lr, beta1, beta2 = (self.value(s[name]) for name in ("learning_rate", "beta_1", "beta_2"))
+        self.lr = lr
         if k > 1:
             for j, g in enumerate(grads):
                 if g is not None:

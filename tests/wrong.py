@@ -1,4 +1,6 @@
-"""The package with one thing wrong in it, and whether `agree` sees that on every host; run by test_wrong_versions.py.
+"""The package with one thing wrong in it, and whether the comparison of agree.py sees that on every host.
+
+Run by test_wrong_versions.py:
 
     python tests/wrong.py FOLDER HOST...    # prints, as JSON, version -> host -> case -> what was found, or null
 
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from agree import agree
+from agree import step_against_reference
 from arguments import Case, has
 from hosts import HOSTS
 
@@ -148,9 +150,9 @@ def own_targets(version):
 
 
 def found(name, case):
-    """What `agree` finds; None for nothing."""
+    """What the comparison finds; None for nothing."""
     try:
-        agree(name, case)
+        step_against_reference(name, case)
     except AssertionError as error:
         return str(error) or repr(error)
     return None
