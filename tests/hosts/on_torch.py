@@ -39,7 +39,7 @@ class Torch(Host):
             elif self.way == "fallback":
                 stack.enter_context(patch.object(gpu_parts, "DEVICES", set()))
                 stack.enter_context(patch.object(buckets, "has_kernel", lambda params: False))
-                stack.enter_context(patch.object(buckets, "_warned", {"cpu"}))
+                stack.enter_context(patch.object(buckets, "_warned", {"cpu", "cuda"}))
                 # PyTorch's own sums depend on how many threads share them.
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(1)
