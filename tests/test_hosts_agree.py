@@ -9,7 +9,7 @@ from arguments import Case
 from hosts import HOSTS
 from nadam.core import library, rule
 from nadam.kernels.cpu import machine_code
-from test_harness import decay_after, eps_inside, without_lookahead
+from test_harness import decay_after, eps_inside
 
 HERE = ["numpy", "torch", "torch fallback", "jax kernel", "jax loops", "jax transform"]
 
@@ -21,15 +21,15 @@ def test_a_step_is_that_of_the_reference(name, case):
     step_against_reference(name, case)
 
 
+# A third wrong rule is fed to every host there is: test_wrong_versions.py.
 WRONG = {
-    "no look-ahead": ({}, without_lookahead),
     "eps inside the root": ({"eps": 0.1}, eps_inside),
     "decay after the step": ({"weight_decay": 0.5, "lr": 0.1}, decay_after),
 }
 
 
 FED = [(name, wrong) for name in ("numpy", "torch", "torch fallback", "jax loops") for wrong in WRONG]
-FED += [("jax transform", "no look-ahead"), ("jax transform", "eps inside the root")]  # it does not decay by the rule
+FED += [("jax transform", "eps inside the root")]  # it does not decay by the rule
 
 
 @pytest.mark.parametrize(("name", "wrong"), FED)

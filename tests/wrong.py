@@ -185,8 +185,8 @@ def run(sources, folder, names):
             for name in names:
                 with by_kernel(name):
                     shown = VERSIONS if version == RIGHT else [version]
-                    cases = [case for each in shown for case in cases_of(name, each)]
-                    results.setdefault(version, {})[name] = {str(case): found(name, case) for case in cases}
+                    cases = {str(case): case for each in shown for case in cases_of(name, each)}
+                    results.setdefault(version, {})[name] = {key: found(name, case) for key, case in cases.items()}
     return results
 
 
