@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from arguments import DEFAULTS, problem
+from arguments import DEFAULTS, cases, problem
 from cases import BFLOAT16, apart
 from hosts import HOSTS
 from hosts.base import MOMENTS, spelled
@@ -10,20 +10,34 @@ from reference import Reference
 
 STEPS = 7  # two windows of each length that is accumulated over, an overwrite, a skipped call
 SHAPES = [(7, 5), (), (257,), (0, 3)]
+CONSTRAINTS = {"NonNeg": lambda param: np.maximum(param, 0.0)}  # of Keras, by name
 
 
-def agree(name, case):
+def runs(names):
+    """Every case of some hosts that the reference knows."""
+    found = [(name, case) for name in names for case in cases(HOSTS[name]())]
+    # A parameter of PyTorch's that misses a gradient has its own momentum product, which the reference has not.
+    return [(name, case) for name, case in found if not (case.missing and name.split()[0] in ("torch", "triton"))]
+
+
+def step_against_reference(name, case, given=None):
     """Run a host and compare params, state and report after every step with what the reference makes of the last.
+
+    Args:
+        name: Of the host.
+        case: Settings and dtypes.
+        given: Parameters and the gradients of each step, instead of those that are drawn for the case.
 
     Raises:
         AssertionError: Something is further apart than `allowed`.
     """
     host = HOSTS[name]()
     host.shapes = SHAPES
-    params, all_grads = problem(case, host, STEPS)
+    params, all_grads = given or problem(case, host, STEPS)
     settings = DEFAULTS | case.settings
     names = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
     known = spelled({k: v for k, v in settings.items() if k not in ("remainder", "exp_avg_dtype", "seed")}, **names)
+    known["constraint"] = CONSTRAINTS.get(settings.get("constraint"))
     reference = Reference([wide(p) for p in params], **known)
     host.build(params, settings)
     before = host.state()
@@ -47,7 +61,7 @@ class Start:
     """What a step began with, whose size is that of what is rounded in it."""
 
     def __init__(self, reference, grads):
-        s, self.calls = reference.settings, reference.i
+        s, self.calls, self.ema = reference.settings, reference.i, reference.ema.copy()
         self.p, self.m, self.v = ([np.abs(x) for x in kept] for kept in (reference.p, reference.m, reference.v))
         self.grads = [None if g is None else g.tobytes() for g in grads]
         scaled = [0.0 if g is None else np.abs(wide(g)) / (s["loss_scale_factor"] or 1.0) for g in grads]
@@ -95,9 +109,12 @@ def distances(reference, start, state, limits):
         yield f"params[{j}]", apart(wide(param), reference.p[j], scale, dtype), param_ulps
         if "ema" in state:
             # The average is of the parameter as it is stored, which in half precision is a unit of it away.
-            coarse = {BFLOAT16: 2.0**-7, np.dtype(np.float16): 2.0**-10}.get(dtype, 0.0)
-            most = param_ulps + coarse / np.finfo(compute).eps
-            yield f"ema[{j}]", apart(wide(state["ema"][j]), reference.ema[j], scale, compute), most
+            coarse, kept = {BFLOAT16: 2.0**-7, np.dtype(np.float16): 2.0**-10}.get(dtype, 0.0), reference.kept[j]
+            expected, most = reference.ema[j], param_ulps + coarse / np.finfo(compute).eps
+            if coarse and kept is not None:  # so of the host's own, unless the average has overwritten it
+                expected, most = kept * start.ema[j] + (1.0 - kept) * wide(param), param_ulps
+                scale = np.maximum(np.abs(start.ema[j]), np.abs(wide(param)))
+            yield f"ema[{j}]", apart(wide(state["ema"][j]), expected, scale, compute), most
         if "accumulator" in state:  # scale, product, sum
             far = apart(wide(state["accumulator"][j]), reference.acc[j], start.g[j], compute)
             yield f"accumulator[{j}]", far, 2.0
@@ -120,7 +137,8 @@ def check_report(reference, report):
     if report is None:
         return
     steps = reference.settings["gradient_accumulation_steps"] or 1
-    step, _, norm, factor, skipped, was_skipped = report
+    step, lr, norm, factor, skipped, was_skipped = report
+    assert np.isclose(lr, reference.lr, rtol=1e-6, atol=0) or np.isnan(lr)  # which Keras does not know of a callable
     assert (step, skipped, was_skipped) == (reference.i // steps, reference.skipped, False)
     if reference.i % steps == 0:
         for ours, theirs in ((norm, reference.norm), (factor, reference.factor)):

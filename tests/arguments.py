@@ -62,6 +62,13 @@ OPTIONS = {
     "seed": {"exp_avg_dtype": "bfloat16", "seed": 7},
     "remainder": {"remainder": True},  # beside bfloat16 parameters
 }
+# Those of `nadam.Nadam` and of Keras, by the names there.
+KERAS = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
+ARGUMENTS = {
+    name: {KERAS.get(key, key): value for key, value in chosen.items()}
+    for name, chosen in OPTIONS.items()
+    if not {"coupled_weight_decay", "excluded", "maximize", "exp_avg_dtype", "remainder", "eps_root"} & {*chosen}
+}
 # What is in no combination.
 ALONE = {"defaults", "lr callable", "beta1 callable", "beta2 callable", "eps zero"}
 # From which combinations are drawn. Smaller epsilons make the step of a gradient near 0 ill-conditioned.

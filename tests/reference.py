@@ -34,6 +34,7 @@ class Reference:
         eps_root=0.0,
         excluded=(),
         largest=math.inf,
+        constraint=None,
     ):
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "params")}
         self.p = [np.array(p, np.float64) for p in params]
@@ -45,12 +46,13 @@ class Reference:
         self.reach = [np.zeros_like(p) for p in self.p]  # size of the last step's terms, which may cancel
         self.i, self.product, self.skipped = 0, 1.0, 0
         self.norm = self.factor = None
+        self.kept = [None] * len(self.p)  # of the old averages in the last call, where it left the parameters as stored
 
     def momentum(self, beta, t):
         return beta * (1 - 0.5 * 0.96 ** (t * self.settings["momentum_decay"]))
 
     def step(self, grads):
-        s = self.settings
+        s, self.kept = self.settings, [None] * len(self.p)
         grads = [None if g is None else np.array(g, np.float64) / (s["loss_scale_factor"] or 1.0) for g in grads]
         assert any(g is not None for g in grads)
         if s["skip_nonfinite"] and not all(g is None or bool(np.all(np.abs(g) <= s["largest"])) for g in grads):
@@ -59,6 +61,7 @@ class Reference:
         k = s["gradient_accumulation_steps"] or 1
         n = self.i // k
         lr, beta1, beta2 = (self.value(s[name]) for name in ("learning_rate", "beta_1", "beta_2"))
+        self.lr = lr
         if k > 1:
             for j, g in enumerate(grads):
                 if g is not None:
@@ -92,11 +95,15 @@ class Reference:
             self.p[j] = self.p[j] - lr * (ahead + here) / v_hat
             ahead = following * largest / (1 - self.product * following)
             self.reach[j] = lr * (ahead + np.abs(here)) / v_hat
+            if s["constraint"] is not None:
+                self.p[j] = s["constraint"](self.p[j])
             if s["use_ema"]:
-                d = s["ema_momentum"]
+                d = 0.0 if t == 1 else s["ema_momentum"]
                 self.ema[j] = self.p[j].copy() if t == 1 else d * self.ema[j] + (1 - d) * self.p[j]
                 if s["ema_overwrite_frequency"] and t % s["ema_overwrite_frequency"] == 0:
                     self.p[j] = self.ema[j].copy()
+                else:
+                    self.kept[j] = d
         self.i += 1
 
     def value(self, setting):

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from agree import step_against_reference
+from arguments import Case
 from cases import DTYPES, SHAPES, draw_grads, draw_params
-from follow import run
 
 SMALL = st.floats(0.01, 3.0)
 CLIPS = st.one_of(
@@ -17,10 +18,10 @@ CLIPS = st.one_of(
 )
 SETTINGS = st.fixed_dictionaries(
     {
-        "learning_rate": st.one_of(st.floats(0.0, 0.5), st.sampled_from([lambda step: 0.1 / (1 + step), lambda: 0.05])),
-        "beta_1": st.floats(0.0, 0.99),
-        "beta_2": st.floats(0.5, 0.9999),  # below, an average that falls steeply keeps the rounding of what it was
-        "epsilon": st.floats(1e-3, 1.0),  # a tiny one makes a near-zero gradient's step ill-conditioned
+        "lr": st.one_of(st.floats(0.0, 0.5), st.sampled_from([lambda step: 0.1 / (1 + step), lambda: 0.05])),
+        "beta1": st.floats(0.0, 0.99),
+        "beta2": st.floats(0.5, 0.9999),  # below, an average that falls steeply keeps the rounding of what it was
+        "eps": st.floats(1e-3, 1.0),  # a tiny one makes a near-zero gradient's step ill-conditioned
         "weight_decay": st.one_of(st.none(), st.floats(0.0, 0.5)),
         "loss_scale_factor": st.one_of(st.none(), st.floats(0.5, 1000.0)),
         "gradient_accumulation_steps": st.one_of(st.none(), st.integers(2, 4)),
@@ -52,7 +53,7 @@ def test_any_combination_does_what_the_reference_does(settings, clip, dtypes, st
         missing = rng.random(len(grads)) < 0.2
         missing[rng.integers(len(grads))] = False
         all_grads.append([None if gone else g for gone, g in zip(missing, grads, strict=True)])
-    run({**settings, **clip}, params, all_grads)
+    step_against_reference("numpy", Case("drawn", {**settings, **clip}), (params, all_grads))
 
 
 @hypothesis_settings(max_examples=40)
@@ -61,4 +62,4 @@ def test_any_gradient_dtype_with_any_parameter_dtype(param, grad, seed):
     rng = np.random.default_rng(seed)
     params = draw_params(rng, [(70,), (2, 3)], DTYPES[param])
     grads = [draw_grads(rng, params, DTYPES.get(grad, np.int32), scale=3.0) for _ in range(4)]
-    run({"epsilon": 0.01, "clipnorm": 1.0}, params, grads)
+    step_against_reference("numpy", Case("dtypes", {"eps": 0.01, "clipnorm": 1.0}), (params, grads))

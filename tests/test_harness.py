@@ -8,16 +8,15 @@ from types import FunctionType
 import numpy as np
 import pytest
 
-from cases import apart, draw_grads, draw_params
-from follow import run
+from agree import step_against_reference
+from arguments import Case
+from cases import apart
 from nadam.core import element, gradient, rule, scalars, step
 from nadam.kernels.cpu import machine_code
 
 
 def train(settings):
-    rng = np.random.default_rng(0)
-    params = draw_params(rng, [(50,), (3, 4)], np.float32)
-    run(settings, params, [draw_grads(rng, params) for _ in range(5)])
+    step_against_reference("numpy", Case("harness", settings))
 
 
 def without_lookahead(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, grad_step, eps):
@@ -42,8 +41,8 @@ def decay_after(param, grad, exp_avg, exp_avg_sq, decay, w1, w2, exp_avg_step, g
 
 WRONG = {
     "no look-ahead": ({}, rule, "update", without_lookahead),
-    "eps inside the root": ({"epsilon": 0.01}, rule, "update", eps_inside),
-    "decay after the step": ({"weight_decay": 0.5, "learning_rate": 0.1}, rule, "update", decay_after),
+    "eps inside the root": ({"eps": 0.01}, rule, "update", eps_inside),
+    "decay after the step": ({"weight_decay": 0.5, "lr": 0.1}, rule, "update", decay_after),
     "no clipping by value": ({"clipvalue": 0.25}, gradient, "clip_by_value", lambda grad, clipvalue: grad),
     "average the wrong way": (
         {"use_ema": True},
@@ -85,7 +84,7 @@ STEPS = {
         {"weight_decay": 0.5},
     ),
     "no accumulator": (element, "accumulator + grad * s", "grad * s", {"gradient_accumulation_steps": 2}),
-    "no factor": (element, "grad = grad * factor", "grad = grad", {"global_clipnorm": 0.1, "epsilon": 0.1}),
+    "no factor": (element, "grad = grad * factor", "grad = grad", {"global_clipnorm": 0.1, "eps": 0.1}),
     "no limit": (element, "clip_by_value(grad, s.clipvalue)", "grad", {"clipvalue": 0.25}),
     "average of the gradient": (element, "average(ema, param,", "average(ema, grad,", {"use_ema": True}),
     "no overwriting": (element, "s.overwrite != 0", "s.overwrite > 1", {"use_ema": True, "ema_overwrite_frequency": 2}),
@@ -108,7 +107,7 @@ STEPS = {
 @pytest.mark.parametrize("wrong", STEPS)
 def test_a_wrong_step_around_the_rule_is_seen(wrong, monkeypatch):
     module, right, other, settings = STEPS[wrong]
-    settings = {"learning_rate": 0.1, **settings}
+    settings = {"lr": 0.1, **settings}
     train(settings)
     name = module.__name__.rpartition(".")[2]
     function = misspelt(getattr(module, name), right, other)
@@ -127,7 +126,7 @@ def test_a_wrong_step_around_the_rule_is_seen(wrong, monkeypatch):
 def test_a_wrong_momentum_schedule_is_seen(wrong, monkeypatch):
     monkeypatch.setattr(scalars, "MOMENTUM_WARMUP", wrong)
     with pytest.raises(AssertionError):
-        train({"learning_rate": 1.0})
+        train({"lr": 1.0})
 
 
 def test_a_wrong_average_at_the_first_update_is_seen(monkeypatch):
@@ -139,7 +138,7 @@ def test_a_wrong_average_at_the_first_update_is_seen(monkeypatch):
 def test_a_wrong_clip_factor_is_seen(monkeypatch):
     monkeypatch.setattr(step, "clip_factor", lambda norm, clipnorm: 0.999 * gradient.clip_factor(norm, clipnorm))
     with pytest.raises(AssertionError):
-        train({"clipnorm": 0.5, "epsilon": 0.1})
+        train({"clipnorm": 0.5, "eps": 0.1})
 
 
 def test_one_unit_in_the_last_place_is_one():

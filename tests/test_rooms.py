@@ -76,6 +76,34 @@ def test_a_circle_is_seen():
     assert set(circle(wrong)) >= {"nadam.core.rule", "nadam.core.element"}
 
 
+# What a docstring must not begin with, since it sends its reader elsewhere.
+LIKE_ANOTHER = re.compile(r"(As (of )?`|The same[ .]|Likewise)")
+LIKE_ITS_OWN = {"numpy/loss_scale.py"}  # whose methods are those of the optimizer that it wraps
+PUBLIC = {"apply_gradients", "state_dict", "as_optax"}  # for users, who know the other; and they go on after it
+
+
+def empty_docstrings(source, like_its_own=False):
+    """The functions and classes, of those that are not for users, whose docstring does."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name not in PUBLIC:
+            text = ast.get_docstring(node) or ""
+            if LIKE_ANOTHER.match(text) and not (like_its_own and text.startswith("As `Nadam.")):
+                yield node.name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_docstring_says_something_itself(module):
+    file = MODULES[module].relative_to(ROOT).as_posix()
+    assert not list(empty_docstrings(SOURCES[module], file in LIKE_ITS_OWN))
+
+
+@pytest.mark.parametrize("text", ["As `other`.", "As of `Flags`.", "The same.", "The same for rows.", "Likewise."])
+def test_a_docstring_that_says_nothing_is_seen(text):
+    source = f'def f():\n    """{text}"""'
+    assert list(empty_docstrings(source)) == ["f"]
+    assert not list(empty_docstrings(source.replace(text, f"The sum of all. {text}")))
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_step_of_nadam_opens_few_files(large):
     torch = pytest.importorskip("torch")

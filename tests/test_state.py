@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import nadam
-from cases import ARGUMENTS, BFLOAT16, draw_grads, draw_params, same_bits
+from arguments import ARGUMENTS
+from cases import BFLOAT16, draw_grads, draw_params, same_bits
 from test_faults import unchanged
 
 SHAPES = [(4, 3), (7,)]

@@ -15,23 +15,10 @@ from nadam.core import traced  # noqa: E402
 from nadam.core.gradient import Check  # noqa: E402
 from nadam.core.hyperparameters import Hyperparameters, Now  # noqa: E402
 from nadam.core.scalars import Scalars  # noqa: E402
+from nadam.jax.step import XP  # noqa: E402
 from nadam.kernels.xla import ffi  # noqa: E402
 
 SIZES = [(3, 4), (), (0, 2), (5,), (70_001,), (1 << 19,)]
-
-
-class Library:
-    """jax.numpy by the names of keras.ops."""
-
-    def __getattr__(self, name):
-        return getattr(jnp, name)
-
-    cast = staticmethod(lambda x, dtype: jnp.asarray(x).astype(dtype))
-    convert_to_tensor = staticmethod(lambda x, dtype: jnp.asarray(x, dtype))
-    cond = staticmethod(jax.lax.cond)
-
-
-XP = Library()
 
 
 def state(h, dtype, grad_dtype, seed=0):
@@ -64,16 +51,11 @@ def updated(h, tensors, grads, one_pass):
     return compiled.lower(*arguments).as_text(), compiled(*arguments)
 
 
-SETTINGS = [
-    {},
-    {"weight_decay": 0.1, "global_clipnorm": 0.5, "use_ema": True},
-    {"clipnorm": 0.5, "use_ema": True, "ema_overwrite_frequency": 4},
-    {"clipvalue": 0.01, "gradient_accumulation_steps": 4, "weight_decay": 0.1},
-    {"gradient_accumulation_steps": 4, "use_ema": True, "global_clipnorm": 1e-3},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+# Every option by itself is in test_hosts_agree.py; here are tensors of many chunks, which XLA's threads share.
+@pytest.mark.parametrize("settings", [
+    {"clipvalue": 0.5, "use_ema": True, "ema_overwrite_frequency": 4},
+    {"global_clipnorm": 1e-3, "gradient_accumulation_steps": 4, "weight_decay": 0.1}
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")], ids=str)
 def test_equal_to_the_loops_of_xla(settings, dtypes):
     h = Hyperparameters(**settings)

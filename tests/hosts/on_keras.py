@@ -21,7 +21,7 @@ class Keras(Host):
         kernels: Whether JAX may call the foreign ones.
     """
 
-    options = frozenset(STEP | CALLABLES)
+    options = frozenset(STEP | CALLABLES | {"constraint"})
 
     def __init__(self, backend, route, kernels=True):
         self.backend, self.route, self.kernels = backend, route, kernels
@@ -29,7 +29,7 @@ class Keras(Host):
         self.environment = {"KERAS_BACKEND": backend, **THREADS.get(backend, {})}
         self.thorough = kernels and (route != "apply" or backend == "torch") and route != "XLA"
         if route == "XLA":  # which calls no function on the host
-            self.options = frozenset(STEP)
+            self.options = frozenset(STEP | {"constraint"})
 
     @contextmanager
     def surroundings(self):
@@ -43,12 +43,15 @@ class Keras(Host):
         from nadam.keras import Nadam
 
         assert keras.backend.backend() == self.backend
-        excluded = settings.pop("excluded", ())
+        excluded, constraint = settings.pop("excluded", ()), settings.pop("constraint", None)
         if is_schedule(settings.get("lr")):
             settings["lr"] = _schedule(settings["lr"])
         names = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
         self.optimizer = optimizer = Nadam(**spelled(settings, **names))
         self.params = [keras.Variable(p, dtype=str(p.dtype), name=f"p{i}") for i, p in enumerate(params)]
+        if constraint is not None:
+            for variable in self.params:
+                variable.constraint = getattr(keras.constraints, constraint)()
         optimizer.exclude_from_weight_decay(var_list=[self.params[i] for i in excluded])
         optimizer.build(self.params)
         self.program = getattr(self, f"_by_{self.route}")()

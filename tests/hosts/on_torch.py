@@ -1,6 +1,7 @@
 """`nadam.torch.NAdam` as three hosts: by the CPU's kernel, PyTorch's foreach operations, or the GPU's kernels."""
 
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from unittest.mock import patch
 
 import numpy as np
@@ -22,6 +23,9 @@ class Torch(Host):
             self.environment, self.needs = {"TRITON_INTERPRET": "1"}, ("torch", "triton")
             self.shapes, self.steps, self.dense, self.dtypes = SMALL, 10, True, Host.dtypes
 
+    def available(self):
+        return super().available() and (self.way != "triton" or has_interpreter())
+
     @contextmanager
     def surroundings(self):
         import torch
@@ -35,7 +39,7 @@ class Torch(Host):
             elif self.way == "fallback":
                 stack.enter_context(patch.object(gpu_parts, "DEVICES", set()))
                 stack.enter_context(patch.object(buckets, "has_kernel", lambda params: False))
-                stack.enter_context(patch.object(buckets, "_warned", {"cpu"}))
+                stack.enter_context(patch.object(buckets, "_warned", {"cpu", "cuda"}))
                 # PyTorch's own sums depend on how many threads share them.
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(1)
@@ -90,6 +94,12 @@ class Torch(Host):
     def _last_step(self):
         last = self.optimizer.last_step
         return last.read() if hasattr(last, "read") else last
+
+
+def has_interpreter():
+    """Triton 3.6's loops by numbers in arrays of one element, which NumPy 2.4 no longer converts."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return triton >= (3, 7) or numpy < (2, 4)
 
 
 def to_torch(array):

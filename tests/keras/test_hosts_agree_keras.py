@@ -3,9 +3,8 @@
 import keras
 import pytest
 
-from agree import agree
+from agree import runs, step_against_reference
 from hosts import HOSTS
-from test_hosts_agree import runs
 
 BACKEND = keras.backend.backend()
 NAMES = [name for name in HOSTS if name.startswith(f"keras {BACKEND}")]
@@ -13,4 +12,4 @@ NAMES = [name for name in HOSTS if name.startswith(f"keras {BACKEND}")]
 
 @pytest.mark.parametrize(("name", "case"), runs(NAMES), ids=str)
 def test_a_step_is_that_of_the_reference(name, case):
-    agree(name, case)
+    step_against_reference(name, case)

@@ -15,7 +15,8 @@ import pytest
 from across_backends import EVERYTHING, data, everything, gradients, numbers, schedule, small_model, train
 
 import nadam
-from cases import ARGUMENTS, apart, same_bits
+from arguments import ARGUMENTS
+from cases import apart, same_bits
 from nadam.keras import Nadam
 
 BACKEND = keras.backend.backend()
@@ -26,10 +27,10 @@ RATE, BETA_1, BETA_2 = (
 )
 SETTINGS = {
     **ARGUMENTS,
-    "schedule": {"learning_rate": schedule()},
+    "lr schedule": {"learning_rate": schedule()},
     "lr callable": {"learning_rate": RATE},
-    "beta_1 callable": {"beta_1": BETA_1},
-    "beta_2 callable": {"beta_2": BETA_2},
+    "beta1 callable": {"beta_1": BETA_1},
+    "beta2 callable": {"beta_2": BETA_2},
     "everything": EVERYTHING,
 }
 # Each argument is in one of these at least, which a test below makes sure of.

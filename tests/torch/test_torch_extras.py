@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +12,25 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from training import DEVICE, Gradients, apart, equal, parameters, train
 
 from nadam.torch import NAdam, buckets
-from nadam.torch.gpu import bucket_cache as gpu_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from hosts import HOSTS
 from reference import Reference
 
 STOCK = torch.optim.NAdam
 UNITS = 60.0  # as in test_torch_drop_in.py
 
 
-def without_kernel(monkeypatch, warned=DEVICE):
-    """Leave the step to PyTorch's operations on arrays."""
-    monkeypatch.setattr(buckets, "has_kernel", lambda params: False)
-    monkeypatch.setattr(buckets, "_warned", {warned})
-    monkeypatch.setattr(gpu_parts, "DEVICES", set())
+def by_arrays():
+    """Leaves the step to PyTorch's operations, as on a device without a kernel."""
+    return HOSTS["torch fallback"]().surroundings()
 
 
 @pytest.fixture(params=["kernel", "arrays"])
-def way(request, monkeypatch):
+def way(request):
     """The kernel, and what other devices have instead."""
-    if request.param == "arrays":
-        without_kernel(monkeypatch)
-    return request.param
+    with by_arrays() if request.param == "arrays" else nullcontext():
+        yield request.param
 
 
 def clip_each(params, norm):
@@ -277,12 +275,14 @@ def test_a_remainder_of_special_values(value, way):
 
 
 def test_a_device_without_a_kernel_warns_once(monkeypatch):
-    without_kernel(monkeypatch, warned="another")
     params = parameters()
     optimizer = NAdam(params)
-    with pytest.warns(UserWarning, match=f"no kernel for '{DEVICE}'"):
-        train(optimizer, params, 1)
-    train(optimizer, params, 3)
+    with by_arrays():
+        monkeypatch.setattr(buckets, "_warned", {"another"})
+        with pytest.warns(UserWarning, match=f"no kernel for '{DEVICE}'"):
+            train(optimizer, params, 1)
+        train(optimizer, params, 3)
+        monkeypatch.undo()
 
 
 def test_an_expanded_parameter_is_refused_before_anything_changes(way):
@@ -296,15 +296,15 @@ def test_an_expanded_parameter_is_refused_before_anything_changes(way):
     assert not optimizer.state[param]["exp_avg"].any()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there both are held against the reference: test_hosts_agree.py")
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clipnorm": 0.5, "use_ema": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.float16])
-def test_arrays_and_kernel_agree(dtype, options, monkeypatch):
+def test_arrays_and_kernel_agree(dtype, options):
     results = []
-    for kernel in (True, False):
-        if not kernel:
-            without_kernel(monkeypatch)
+    for way in (nullcontext, by_arrays):
         params = parameters(dtype)
-        train(NAdam(params, lr=0.01, **options), params, 20)
+        with way():
+            train(NAdam(params, lr=0.01, **options), params, 20)
         results.append([param.detach().to(torch.complex64 if dtype.is_complex else torch.float64) for param in params])
     units = {torch.float64: 1e-14, torch.float16: 1e-2, torch.bfloat16: 1e-1}.get(dtype, 1e-5)
     for one, other in zip(*results, strict=True):
@@ -325,10 +325,8 @@ def test_a_first_moment_in_bfloat16_follows_the_float32_one(way):
     assert moment.unique().numel() > 3  # its elements went their own ways
 
 
-def test_rounding_by_chance_is_seeded_and_resumed(monkeypatch):
-    def run(kernel, seed, resumed):
-        if not kernel:
-            without_kernel(monkeypatch)
+def test_rounding_by_chance_is_seeded_and_resumed():
+    def run(seed, resumed):
         params, gradients = parameters(torch.bfloat16, shapes=[(5, 70), (3, 4, 2), ()]), Gradients()
         params[0] = torch.nn.Parameter(params[0].detach().t())
         options = {"exp_avg_dtype": torch.bfloat16, "seed": seed, "lr": 0.01}
@@ -341,10 +339,12 @@ def test_rounding_by_chance_is_seeded_and_resumed(monkeypatch):
         train(optimizer, params, 10, gradients)
         return [optimizer.state[param]["exp_avg"] for param in params]
 
-    first = run(kernel=True, seed=0, resumed=False)
-    assert equal(first, run(kernel=True, seed=0, resumed=True))
-    assert not equal(first, run(kernel=True, seed=1, resumed=False))
-    for one, other in zip(first, run(kernel=False, seed=0, resumed=False), strict=True):
+    first = run(seed=0, resumed=False)
+    assert equal(first, run(seed=0, resumed=True))
+    assert not equal(first, run(seed=1, resumed=False))
+    with by_arrays():
+        found = run(seed=0, resumed=False)
+    for one, other in zip(first, found, strict=True):
         # The same chance; but where the numbers differ in their last place, it may fall otherwise.
         assert (one == other).float().mean() > 0.98
 
