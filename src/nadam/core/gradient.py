@@ -53,7 +53,7 @@ def clip_factor(norm: Any, clipnorm: float) -> Any:
 
 
 def global_clip_factor(norm: Any, clipnorm: float) -> Any:
-    """As `clip_factor`, for the norm of all gradients together.
+    """The multiplier that brings all gradients together to a norm of at most ``clipnorm``.
 
     An infinity or NaN in one gradient makes every parameter NaN, as in Keras: silence would hide it.
 

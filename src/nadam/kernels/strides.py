@@ -78,7 +78,7 @@ def overlaps_itself(array: Array) -> bool:
 
 
 def overlap(shape: Sequence[int], strides: Sequence[int], width: int) -> bool:
-    """The same of elements so many bytes wide, with strides in bytes."""
+    """Whether two elements of such a shape, so many bytes wide and with strides in bytes, share memory."""
     reach = width
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride < reach:

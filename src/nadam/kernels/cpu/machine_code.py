@@ -62,7 +62,7 @@ def kernel(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
 
 
 def kernel_holding_gil(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
-    """The same, as a function that keeps the GIL and raises the Python exception that the kernel leaves, if any."""
+    """A kernel that keeps the GIL, and raises the Python exception that it leaves, if any."""
     key = (module, name, variant)
     return _kernels[key] if key in _kernels else _make(_callable_holding_gil, *key)  # type: ignore[no-any-return]
 

@@ -129,7 +129,7 @@ class Tables:
         return True
 
     def fits_at_once(self, grads: Sequence[Tensor | None]) -> bool:
-        """The same by one look at all tensors; False also where that is not enough to know."""
+        """Whether they do by one look at all tensors; False also where that is not enough to know."""
         if self._watch is None or not self._watch.fits(grads if type(grads) is list else list(grads)):
             return False
         self._copies = []
