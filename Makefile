@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Options of the training loops of `make bench`.
+LOOPS ?=
 SITE ?= site
 # Keras picks its backend when it is imported, so each is tested in a process of its own.
 BACKENDS ?= torch jax tensorflow
@@ -55,7 +57,10 @@ lint: $(VENV)/.extra-lint  ## check style and formatting
 types: $(VENV)/.extra-lint  ## check types, strictly
 	$(BIN)/mypy
 
-bench: $(VENV)/.extra-bench $(VENV)/.extra-test  ## time a step against the memory floor and every installed peer
+bench: $(VENV)/.extra-bench $(VENV)/.extra-test  ## time steps inside training loops, then by themselves, against every peer
+	$(BIN)/python -m benchmarks.loops_torch $(LOOPS)
+	$(BIN)/python -m benchmarks.loops_jax $(LOOPS)
+	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python -m benchmarks.loops_keras $(LOOPS); done
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/.extra-docs  ## build the documentation into SITE (site/)

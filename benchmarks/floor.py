@@ -18,9 +18,9 @@ import numpy as np
 from numba import njit, types, uint16
 
 from benchmarks.cases import Array
-from nadam.kernels.cpu.group import WORTH_SHARING
+from nadam.kernels.cpu.machine_code import Kernel
 from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
-from nadam.kernels.cpu.threads import get_num_threads, share_out
+from nadam.kernels.cpu.threads import Sharing
 from nadam.kernels.layout import CHUNK_COLUMNS, COUNT, START, TENSOR, TICKET, cut_into_chunks
 from nadam.kernels.strides import address
 
@@ -66,7 +66,12 @@ def _drawn(body: Any) -> Any:
             row = integers(b[ROWS] + 8 * COLUMNS * chunk[TENSOR])
             body(row, chunk[START], chunk[COUNT], b, ticket)
 
-    return kernel
+    signature = types.void(types.int64, types.int64)
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature.args]
+    made = Kernel(kernel)
+    made.address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return made
 
 
 @cache
@@ -137,30 +142,40 @@ class Floor:
         moved: Lists of arrays, as of `benchmarks.cases.Ours`: parameters, gradients, moments, and averages or none.
         kind: "plain", or "full" for one more read of the gradients and the averages.
         dtype: Number format of parameters and gradients.
+        default_threads: PyTorch's number of threads, to move the bytes on these.
     """
 
-    def __init__(self, moved: Sequence[Sequence[Array]], kind: str, dtype: str) -> None:
+    def __init__(
+        self,
+        moved: Sequence[Sequence[Array]],
+        kind: str,
+        dtype: str,
+        default_threads: Callable[[], int] | None = None,
+    ) -> None:
         self._keep = moved
         sizes = [array.size for array in moved[0]]
         self._rows, self._chunks = np.zeros((len(sizes), COLUMNS), np.int64), cut_into_chunks(sizes)
         for column, arrays in enumerate(moved):
-            self._rows[:, column] = [address(array) for array in arrays]
+            self.point_to(column, arrays)
         self._control = np.zeros(2, np.int64)
         self._zeros, self._totals = np.zeros(1), np.zeros(len(self._chunks))
         arrays = (self._rows, self._chunks, self._zeros, self._totals)
         common = [address(self._control), len(self._chunks)]
         self._block = np.array([*common, *map(address, arrays)], np.int64)
         self._shared = memoryview(self._control)
-        self._worth_sharing = sum(sizes) >= WORTH_SHARING
+        self._given = sum(sizes), len(self._chunks), default_threads
         readers = [_reader(dtype)] if kind == "full" else []
         self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in FORMS}
 
     def _pass(self, kernels: Sequence[Any]) -> Callable[[], None]:
-        block, chunks = address(self._block), len(self._chunks)
+        block, sharing = address(self._block), [Sharing(*self._given) for _ in kernels]
 
         def run() -> None:
-            helpers = min(get_num_threads(), chunks) - 1 if self._worth_sharing else 0
-            for kernel in kernels:
-                share_out(kernel, block, self._shared, chunks, helpers)
+            for kernel, shared in zip(kernels, sharing, strict=True):
+                shared.run(kernel, block, self._shared)
 
         return run
+
+    def point_to(self, column: int, arrays: Sequence[Array]) -> None:
+        """Take other arrays of the same sizes."""
+        self._rows[:, column] = [address(array) for array in arrays]

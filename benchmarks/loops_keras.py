@@ -1,0 +1,81 @@
+"""Time whole steps of Keras's `fit()` with ours and Keras's own optimizers in turns, on one backend.
+
+    KERAS_BACKEND=torch python -m benchmarks.loops_keras
+    KERAS_BACKEND=jax python -m benchmarks.loops_keras --model "20 layers, 21M"
+
+"Full" is global_clipnorm, weight_decay and use_ema, which Keras's own have as well. SGD is there to see what a step
+takes without an optimizer to speak of.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+import nadam.keras
+from benchmarks.loops import CONVOLUTIONS, DENSE, MODELS, TRANSFORMER, Sample, full_settings, report
+
+BIG, SMALL, MLP = "20 layers, 21M", "60 small layers", "MLP, 0.27M"
+# Whole steps of Keras's Nadam over ours: plain and full.
+OVER_NADAM = {
+    "torch": {BIG: (3.0, 3.5), SMALL: (1.5, 2.3), MLP: (1.7, 2.0)},
+    "jax": {BIG: (1.1, 1.2), SMALL: (1.3, 1.3), MLP: (1.05, 1.05)},
+    "tensorflow": {BIG: (1.15, 1.4), SMALL: (1.15, 1.3), MLP: (1.25, 1.7)},
+}
+LR, BATCHES = 1e-4, 8  # batches of a sample, one call of fit()
+MODELS[:] = [name for name in MODELS if name != TRANSFORMER]
+
+
+def model_of(name: str) -> tuple[Any, tuple[int, ...], int]:
+    """A model, the shape of what goes in, and the batch."""
+    layers = keras.layers
+    if name == CONVOLUTIONS:
+        blocks = [
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(64, 3, activation="relu"),
+        ]
+        head = [layers.MaxPooling2D(), layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)]
+        return keras.Sequential([keras.Input((28, 28, 1)), *blocks, *head]), (28, 28, 1), 16
+    units, batch = DENSE[name]
+    dense = [layers.Dense(n, activation="relu") for n in units[1:-1]]
+    return keras.Sequential([keras.Input((units[0],)), *dense, layers.Dense(units[-1])]), (units[0],), batch
+
+
+def loops(name: str, kind: str) -> dict[str, Sample]:
+    """A sample of each: seconds of a training step within fit()."""
+    settings: dict[str, Any] = full_settings() if kind == "full" else {}
+    made = {
+        "ours": nadam.keras.Nadam(LR, **settings),
+        "Nadam": keras.optimizers.Nadam(LR, **settings),
+        "Adam": keras.optimizers.Adam(LR, **settings),
+        "SGD": keras.optimizers.SGD(LR),
+    }
+
+    def loop(optimizer: Any) -> Sample:
+        keras.utils.set_random_seed(0)
+        model, shape, batch = model_of(name)
+        model.compile(optimizer, loss="mse", jit_compile="auto")
+        inputs = np.random.default_rng(0).normal(size=(batch * BATCHES, *shape)).astype(np.float32)
+        targets = np.zeros((len(inputs), *model.output_shape[1:]), np.float32)
+
+        def sample() -> float:
+            begin = time.perf_counter()
+            model.fit(inputs, targets, batch_size=batch, verbose=0, shuffle=False)
+            return (time.perf_counter() - begin) / BATCHES
+
+        return sample
+
+    return {who: loop(optimizer) for who, optimizer in made.items()}
+
+
+if __name__ == "__main__":
+    over = OVER_NADAM.get(keras.backend.backend(), {})
+    wanted = {
+        (m, k): {"Nadam": r} for m, ratios in over.items() for k, r in zip(("plain", "full"), ratios, strict=True)
+    }
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}")
+    report("loops_keras", __doc__.splitlines()[0], loops, wanted)

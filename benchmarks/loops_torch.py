@@ -1,0 +1,119 @@
+"""Time `step()` of PyTorch's optimizers inside a training loop: forward and backward between the steps, in turns.
+
+    python -m benchmarks.loops_torch
+    python -m benchmarks.loops_torch --model "MLP, 0.27M"
+
+"Full" is global-norm clipping, decoupled decay and a moving average: in ours by its arguments, around PyTorch's by
+clip_grad_norm_ and a foreach average. The floor moves the same bytes at the same place, on the same threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.floor import Floor
+from benchmarks.loops import CONVOLUTIONS, DENSE, TRANSFORMER, Sample, full_settings, report
+from nadam.torch import NAdam
+
+WANTED = {
+    ("20 layers, 21M", "plain"): {"fused Adam": 1.05, "NAdam": 6.0, "floor": 0.93},
+    ("20 layers, 21M", "full"): {"fused Adam": 1.6, "NAdam": 4.5, "floor": 0.93},
+    (TRANSFORMER, "plain"): {"fused Adam": 1.6, "NAdam": 5.0},
+    (TRANSFORMER, "full"): {"fused Adam": 2.0, "NAdam": 5.0},
+    ("MLP, 0.27M", "plain"): {"fused Adam": 1.15, "NAdam": 2.5},
+    ("MLP, 0.27M", "full"): {"fused Adam": 2.0, "NAdam": 3.0},
+}
+LR, DECAY = 1e-4, 1e-4
+
+
+def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model with what goes in."""
+    torch.manual_seed(0)
+    if name == TRANSFORMER:
+        layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True, dropout=0.0)
+        return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), torch.randn(4, 32, 128)
+    if name == CONVOLUTIONS:
+        blocks = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
+        return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(1600, 128), nn.Linear(128, 10)), torch.randn(
+            16, 1, 28, 28
+        )
+    units, batch = DENSE[name]
+    layers = [each for i, o in pairwise(units) for each in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), torch.randn(batch, units[0])
+
+
+def with_recipe(make: Callable[..., Any], params: list[nn.Parameter]) -> Callable[[], None]:
+    """A step of a peer with clipping and a moving average around it."""
+    optimizer, averages = make(params), [param.detach().clone() for param in params]
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        optimizer.step()
+        torch._foreach_lerp_(averages, [param.detach() for param in params], 0.01)
+
+    return step
+
+
+def peers(kind: str) -> dict[str, Callable[..., Any]]:
+    if kind == "plain":
+        fused = torch.optim.Adam
+        return {"fused Adam": lambda p: fused(p, LR, fused=True), "NAdam": lambda p: torch.optim.NAdam(p, LR)}
+    decoupled = {"weight_decay": DECAY, "decoupled_weight_decay": True}
+    return {
+        "fused Adam": lambda p: torch.optim.AdamW(p, LR, weight_decay=DECAY, fused=True),
+        "NAdam": lambda p: torch.optim.NAdam(p, LR, **decoupled),
+    }
+
+
+def loops(name: str, kind: str) -> dict[str, Sample]:
+    """A sample of each, on a model of its own."""
+    model, given = model_of(name)
+
+    def loop(step_of: Callable[[list[nn.Parameter]], Callable[[], Any]]) -> Sample:
+        own = copy.deepcopy(model)
+        params = list(own.parameters())
+        step = step_of(params)
+
+        def sample() -> float:
+            for param in params:
+                param.grad = None
+            own(given).pow(2).mean().backward()
+            begin = time.perf_counter()
+            step()
+            return time.perf_counter() - begin
+
+        return sample
+
+    options = {**full_settings(), "decoupled_weight_decay": True} if kind == "full" else {}
+    made = {"ours": loop(lambda params: NAdam(params, LR, **options).step)}
+    for who, make in peers(kind).items():
+        made[who] = loop(lambda params, make=make: make(params).step if kind == "plain" else with_recipe(make, params))
+    made["floor"] = loop(lambda params: floor(params, kind))
+    return made
+
+
+def floor(params: list[nn.Parameter], kind: str) -> Callable[[], None]:
+    """What moves the bytes of a step."""
+    arrays = [param.detach().numpy() for param in params]
+    state = [[array * 0 for array in arrays] for _ in range(3 if kind == "full" else 2)]
+    made: list[Floor] = []
+
+    def step() -> None:
+        grads = [param.grad.numpy() for param in params]
+        if not made:
+            made.append(Floor([arrays, grads, *state], kind, "float32", torch.get_num_threads))
+        made[0].point_to(1, grads)
+        made[0].forms["one loop"]()
+
+    return step
+
+
+if __name__ == "__main__":
+    report("loops_torch", __doc__.splitlines()[0], loops, WANTED)
