@@ -36,6 +36,7 @@ class ParamInfo(NamedTuple):
 
     decays: bool
     constraint: Callable[[Array], Array] | None
+    layer: int = 0  # in the order of the forward pass: gradients come in the reverse order
 
 
 Grads = Sequence[Array | None]  # with accumulation None for a tensor that has no gradient in a call
@@ -75,6 +76,7 @@ class Pass(NamedTuple):
     scalars: Scalars  # 0-d, of the dtype of the momentum product
     factors: list[Array]  # what multiplies the gradients; one for all, or one each
     flags: Flags
+    early: bool  # whether nothing has asked for all gradients together: each is needed only where it is used
 
     def factor(self, i: int) -> Array:
         """What multiplies one gradient."""
@@ -226,8 +228,9 @@ def update(
     settings = settings._replace(ema_momentum=scalar(xp, h.ema_momentum, dtype))
     t = xp.cast(updates, dtype) + 1.0
     s, product = m.scalars(settings, updates + 1, t, momentum_product, inv_scale, SMALLEST_NORMAL[dtype])
+    early = not (h.clips_by_norm or h.skip_nonfinite or steps)
     common = list(means.barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
-    everything = Pass(grads, whole, Scalars._make(common[: len(s)]), common[len(s) :], h.flags)
+    everything = Pass(grads, whole, Scalars._make(common[: len(s)]), common[len(s) :], h.flags, early)
     done = means.one_pass(everything, tensors, infos)
     new = []
     for i, (tensor, info) in enumerate(zip(tensors, infos, strict=True)):

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -20,7 +21,7 @@ from nadam.core.traced import ParamInfo, Progress, Tensor, call
 from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
 from nadam.jax.fused_state import LAST_COUNT, LIKE_PARAMS, FusedState, check_state, new_state
 from nadam.jax.step import XP, is_traced, means
-from nadam.jax.trees import as_type, chosen, dtype_of, is_weak
+from nadam.jax.trees import as_type, chosen, dtype_of, is_weak, layers
 from nadam.kernels.xla import ffi
 
 WORTH_A_WARNING = 1 << 20  # elements that are copied at each step
@@ -155,7 +156,7 @@ def fused(
     for name, value in (("b1", b1), ("b2", b2)):
         if callable(value):
             raise TypeError(f"{name}={value!r}: expected a number")
-    programs: dict[tuple[bool, ...], Callable[..., Any]] = {}
+    programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def step(
         grads: Any, state: FusedState, params: Any, *, learning_rate: Any = None, loss_scale: Any = None
@@ -173,13 +174,13 @@ def fused(
         columns = {name: alike(f"state.{name}", tree, "params", treedef, leaves) for name, tree in trees.items()}
         rate = number("learning_rate", current(h.lr, state.count) if learning_rate is None else learning_rate)
         inv_scale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
-        decays = tuple(chosen(mask, params, treedef))
-        if decays not in programs:
-            programs[decays] = _program(h, [ParamInfo(each, None) for each in decays])
+        known = treedef, *chosen(mask, params, treedef)
+        if known not in programs:
+            programs[known] = _program(h, list(map(ParamInfo, known[1:], repeat(None), layers(params))))
         absent = [None] * len(leaves)
         tensors = list(map(Tensor, leaves, *(columns.get(name, absent) for name in LIKE_PARAMS)))
         before = Progress(state.count, state.mu_product, tensors)
-        after, beyond, seen = programs[decays](before, state.beyond, state.last_step, given, rate, inv_scale)
+        after, beyond, seen = programs[known](before, state.beyond, state.last_step, given, rate, inv_scale)
         new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
         kept = {name: tree for name, tree in zip(LIKE_PARAMS, new[1:], strict=True) if name in trees}
         counters = {"count": after.calls, "mu_product": after.product, "last_step": seen, "beyond": beyond}

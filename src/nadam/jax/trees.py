@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -35,6 +36,21 @@ def beside(params: Any, scalar: Any) -> Any:
             if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1:
                 return jax.device_put(scalar, jax.sharding.NamedSharding(placed.mesh, jax.sharding.PartitionSpec()))
     return scalar
+
+
+def layers(params: Any) -> list[int]:
+    """The layer of each leaf, as far as the names tell: what lies in one container is a layer, and 2 is before 10.
+
+    Example:
+        >>> layers({"dense_10": {"w": 1.0, "b": 1.0}, "dense_2": {"w": 1.0}}), layers([1.0, 1.0])
+        ([1, 1, 0], [0, 1])
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    within = [path[:-1] for path in paths]
+    named = [re.split(r"(\d+)", jax.tree_util.keystr(path)) for path in (within if len(set(within)) > 1 else paths)]
+    natural = [tuple((int(part) if part.isdigit() else 0, part) for part in parts) for parts in named]
+    ranks = {each: rank for rank, each in enumerate(sorted(set(natural)))}
+    return [ranks[each] for each in natural]
 
 
 def is_weak(leaf: Any) -> bool:

@@ -15,7 +15,7 @@ from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
-from nadam.keras.slots import Exclusion, Slot, checked_gradient
+from nadam.keras.slots import Exclusion, Slot, checked_gradient, path_of
 
 Optimizer = Any
 # Backend -> module and class; any other (NumPy) does without what those know.
@@ -123,7 +123,7 @@ class Backend:
             elif i in owed:
                 grads[place] = xp.zeros_like(slots[i].variable)
         now, before = optimizer._now(calls), self._progress(optimizer, indices)
-        infos, means = [info_of(slots[i]) for i in indices], traced.Means(_when, cleared=_cleared)
+        infos, means = infos_of([slots[i] for i in indices]), traced.Means(_when, cleared=_cleared)
         after, seen = traced.call(xp, h, infos, means, before, grads, now, 1.0 / (h.loss_scale_factor or 1.0))
         skipped, norm, factor = bool(seen.skipped), seen.grad_norm, seen.clip_factor
         if not skipped:
@@ -203,9 +203,13 @@ def _cleared(tensor: traced.Tensor, running: Any) -> traced.Tensor:
     return tensor._replace(accumulator=keras.ops.zeros_like(tensor.accumulator))
 
 
-def info_of(slot: Slot) -> traced.ParamInfo:
-    """What is known of a variable before a step is compiled."""
-    return traced.ParamInfo(slot.decays, getattr(slot.variable, "constraint", None))
+def infos_of(slots: Sequence[Slot]) -> list[traced.ParamInfo]:
+    """What is known of variables before a step is compiled; those whose paths differ at the end are of one layer."""
+    layers = [path_of(slot.variable).rpartition("/")[0] for slot in slots]
+    ranks = {layer: rank for rank, layer in enumerate(dict.fromkeys(layers))}
+    constraints = (getattr(slot.variable, "constraint", None) for slot in slots)
+    rows = zip(slots, constraints, layers, strict=True)
+    return [traced.ParamInfo(slot.decays, constraint, ranks[layer]) for slot, constraint, layer in rows]
 
 
 def _make() -> Backend:

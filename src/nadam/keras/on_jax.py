@@ -17,7 +17,7 @@ from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
 from nadam.core.traced import Progress
 from nadam.jax.step import XP, is_traced, means
-from nadam.keras.backends import SKIPPED, Backend, Optimizer, info_of, with_absent
+from nadam.keras.backends import SKIPPED, Backend, Optimizer, infos_of, with_absent
 from nadam.keras.slots import checked_gradient
 from nadam.kernels.xla import ffi
 
@@ -51,7 +51,7 @@ class JaxBackend(Backend):
         report = optimizer._report.value if h.skip_nonfinite else None
         # Constants stay Python's floats, from which 1 - beta is computed in float64.
         constants = tuple((name, now.pop(name)) for name in ("beta1", "beta2") if not callable(getattr(h, name)))
-        infos = tuple(info_of(slots[i]) for i in indices)
+        infos = tuple(infos_of([slots[i] for i in indices]))
         traced_step = is_traced((before, report, grads, now))
         program = _program(h, infos, constants, ffi.usable()) if traced_step else _compiled(h, infos, constants)
         after, report, norm, factor = program(before, report, grads, now)

@@ -14,7 +14,7 @@ from tensorflow.python.ops import control_flow_util
 from nadam.core import traced
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.keras import packing
-from nadam.keras.backends import SKIPPED, Backend, Optimizer, info_of, with_absent
+from nadam.keras.backends import SKIPPED, Backend, Optimizer, infos_of, with_absent
 from nadam.keras.slots import checked_gradient
 
 Tensor = Any
@@ -105,7 +105,7 @@ class TensorFlowBackend(Backend):
         now = {name: traced.scalar(keras.ops, value, dtype) for name, value in now.items()}
         indices, padded = with_absent(h, slots, members, grads)
         absent = len(padded) - len(grads)
-        infos = [info_of(slots[i]) for i in indices]
+        infos = infos_of([slots[i] for i in indices])
         report = optimizer._report if h.skip_nonfinite else None
         shared = [optimizer._iterations, optimizer._momentum_product, report]
         replicas = len(strategy.experimental_local_results(optimizer._iterations.value))

@@ -72,6 +72,6 @@ def _rule(
     tensor = traced.Tensor(*flat, *[None] * (5 - len(flat)))
     if decays is not None:
         s = s._replace(decay=s.decay * tf.constant(decays, s.decay.dtype))
-    everything = traced.Pass([grad], [grad], s, [factor], h.flags)
+    everything = traced.Pass([grad], [grad], s, [factor], h.flags, False)
     new = traced.updated(keras.ops, h, everything, 0, tensor, traced.ParamInfo(decays=True, constraint=None))
     return [value for value in new if value is not None]

@@ -24,6 +24,7 @@ from nadam.kernels.layout import CHUNK, CHUNK_COLUMNS, COLUMNS
 
 # Scratch memory of a call in words: as in handler.py, and for each chunk what `measure` sums up.
 FIXED, PER_CHUNK = 32, CHUNK_COLUMNS + 2
+LARGE = 1 << 16  # elements of a tensor that has a call of its own
 Array = Any
 
 
@@ -33,26 +34,54 @@ def usable() -> bool:
 
 
 def one_pass(p: Pass, tensors: Sequence[Tensor], infos: Sequence[ParamInfo]) -> dict[int, Tensor]:
-    """New tensors by their place, all but those with a constraint; in place where the caller donates."""
+    """New tensors by their place, all but those with a constraint; in place where the caller donates.
+
+    Where nothing needs all gradients together, a large tensor has a call of its own, so that its gradient is not kept
+    until the last one is there. It waits for the gradients of the layer before, since the backward pass reads the
+    parameters of a layer until then: XLA would copy what is written before its last reading.
+    """
     alike: dict[tuple[str, str], list[int]] = {}
+    large: dict[int, list[int]] = {}
+    early = p.early and len({info.layer for info in infos}) > 1
     for i, (tensor, grad, info) in enumerate(zip(tensors, p.gradients, infos, strict=True)):
-        formats = dtype_of(tensor.param), "" if grad is None else dtype_of(grad)
-        if info.constraint is None and set(formats) <= COMPUTE_DTYPE.keys():
-            alike.setdefault(formats, []).append(i)
-    done = {}
-    for formats, members in alike.items():
-        own, width = COMPUTE_DTYPE[formats[0]], len(members)
-        s, flags = p.scalars_in(jnp, own), p.flags
-        factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
-        decays = [float(infos[i].decays) for i in members]
-        operands = [_vector(s, own), _vector(factors, own), _vector(decays, own) * s.decay.astype(own)]
-        grads = [p.gradients[i] for i in members]
-        fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * flags.averaged, *["accumulator"] * flags.accumulated]
-        state = [getattr(tensors[i], field) for field in fields for i in members]
-        results = _call("one_pass", (*formats, *flags), [*operands, *grads], grads, state)
-        for place, i in enumerate(members):
-            done[i] = tensors[i]._replace(**dict(zip(fields, results[place::width], strict=True)))
+        kind = dtype_of(tensor.param), "" if grad is None else dtype_of(grad)
+        if info.constraint is None and set(kind) <= COMPUTE_DTYPE.keys():
+            if early and tensor.param.size >= LARGE:
+                large.setdefault(info.layer, []).append(i)
+            else:
+                alike.setdefault(kind, []).append(i)
+    done: dict[int, Tensor] = {}
+    before: list[Array] = []
+    for _, members in sorted(large.items()):
+        for i in members:
+            done.update(_updated(p, tensors, infos, [i], before))
+        before = [p.gradients[i] for i in members]
+    for members in alike.values():
+        done.update(_updated(p, tensors, infos, members))
     return done
+
+
+def _updated(
+    p: Pass, tensors: Sequence[Tensor], infos: Sequence[ParamInfo], members: Sequence[int], before: Sequence[Array] = ()
+) -> dict[int, Tensor]:
+    """New values of tensors of the same formats, once other arrays are there."""
+    first, width = members[0], len(members)
+    formats, flags = (dtype_of(tensors[first].param), dtype_of(p.gradients[first])), p.flags
+    own = COMPUTE_DTYPE[formats[0]]
+    s = p.scalars_in(jnp, own)
+    factors = [p.factor(i) for i in members] if len(p.factors) > 1 else jnp.broadcast_to(p.factors[0], width)
+    decays = [float(infos[i].decays) for i in members]
+    operands = [_vector(s, own), _vector(factors, own), _vector(decays, own) * s.decay.astype(own)]
+    grads = [p.gradients[i] for i in members]
+    fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * flags.averaged, *["accumulator"] * flags.accumulated]
+    state = [getattr(tensors[i], field) for field in fields for i in members]
+    # An operand that the handler does not look at, but that the call has to wait for.
+    last = [_vector([each.reshape(-1)[0] for each in before], own)] if before else []
+    results = _call("one_pass", (*formats, *flags), [*operands, *grads], grads, state, after=last)
+    return {
+        i: tensors[i]._replace(**dict(zip(fields, results[place::width], strict=True)))
+        for place, i in enumerate(members)
+    }
 
 
 def measure(
@@ -75,7 +104,13 @@ def measure(
 
 
 def _call(
-    name: str, variant: tuple[Any, ...], operands: Sequence[Array], grads: Sequence[Array], changed: Any, new: Any = ()
+    name: str,
+    variant: tuple[Any, ...],
+    operands: Sequence[Array],
+    grads: Sequence[Array],
+    changed: Any,
+    new: Any = (),
+    after: Sequence[Array] = (),
 ) -> list[Array]:
     """What a handler of handler.py gives: what is ``changed``, in place, then results of ``new`` shapes."""
     words = FIXED + COLUMNS * len(grads) + PER_CHUNK * sum(-(-grad.size // CHUNK) for grad in grads)
@@ -83,7 +118,7 @@ def _call(
     shapes += [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (*changed, *new)]
     aliases = {len(operands) + i: 1 + i for i in range(len(changed))}
     function = jax.ffi.ffi_call(_target(name, variant), shapes, input_output_aliases=aliases)
-    return list(function(*operands, *changed)[1:])
+    return list(function(*operands, *changed, *after)[1:])
 
 
 def _vector(values: Any, dtype: str) -> Array:
