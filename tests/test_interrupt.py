@@ -19,7 +19,7 @@ import pytest
 
 import nadam
 from nadam.kernels import layout
-from nadam.kernels.cpu import group, threads
+from nadam.kernels.cpu import threads
 
 CHUNK = 64
 SHAPES = [(30, 10), (10,), (150,)]
@@ -105,10 +105,10 @@ def interrupt(monkeypatch):
 
         share_out(watch, block, control, chunks, helpers)
 
-    monkeypatch.setattr(group, "WORTH_SHARING", 1)
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
     monkeypatch.setattr(threads, "SLICE", 1)
     monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=CHUNK))
-    monkeypatch.setattr(group, "share_out", watched)
+    monkeypatch.setattr(threads, "share_out", watched)
     return interrupt
 
 

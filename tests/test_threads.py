@@ -14,7 +14,7 @@ import pytest
 
 import nadam
 from nadam.kernels import layout
-from nadam.kernels.cpu import group, threads
+from nadam.kernels.cpu import threads
 
 SETTINGS = {
     "plain": {},
@@ -33,7 +33,7 @@ def default_threads(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Chunks so small, and shared out so early, that a few thousand elements do."""
-    monkeypatch.setattr(group, "WORTH_SHARING", 1)
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
     monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=64))
 
 
@@ -41,10 +41,12 @@ def small(monkeypatch):
 def watch(monkeypatch):
     """Has each pass run `around(kernel, threads)` in the place of its kernel."""
 
-    def share_out(around, kernel, block, control, chunks, helpers):
-        threads.share_out(around(kernel, helpers + 1), block, control, chunks, helpers)
+    real = threads.share_out
 
-    return lambda around: monkeypatch.setattr(group, "share_out", partial(share_out, around))
+    def share_out(around, kernel, block, control, chunks, helpers):
+        real(around(kernel, helpers + 1), block, control, chunks, helpers)
+
+    return lambda around: monkeypatch.setattr(threads, "share_out", partial(share_out, around))
 
 
 @pytest.fixture
@@ -145,9 +147,9 @@ def test_two_threads_with_one_optimizer(settings):
 SMALL = """
 import atexit, json, nadam, os
 import numpy as np
-from nadam.kernels.cpu import group
 from nadam.kernels.cpu import threads
-group.WORTH_SHARING = 1
+from nadam.kernels.cpu import threads
+threads.WORTH_SHARING = 1
 nadam.set_num_threads(2)
 param, grad = np.ones(1 << 17), np.linspace(-1, 1, 1 << 17)
 optimizer = nadam.Nadam(0.05)

@@ -34,7 +34,7 @@ if BACKEND == "torch":
     import torch
 
     from nadam.kernels import layout
-    from nadam.kernels.cpu import group, threads
+    from nadam.kernels.cpu import threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant checks):UserWarning")
 SETTINGS = {
@@ -319,11 +319,11 @@ def small(monkeypatch):
         run = (lambda *args: hooks[-1](kernel, helpers + 1, *args)) if hooks else (lambda *args: kernel(*args))
         share_out(run, block, control, chunks, helpers)
 
-    monkeypatch.setattr(group, "WORTH_SHARING", 1)
+    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
     monkeypatch.setattr(threads, "SLICE", 1)
     monkeypatch.setattr(threads, "_requested", 1)
     monkeypatch.setattr(layout, "cut_into_chunks", partial(layout.cut_into_chunks, chunk=64))
-    monkeypatch.setattr(group, "share_out", watched)
+    monkeypatch.setattr(threads, "share_out", watched)
     return hooks
 
 

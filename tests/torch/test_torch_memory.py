@@ -6,7 +6,7 @@ import pytest
 import torch
 from training import DEVICE, Gradients, apart, drawn, equal, parameters, seeded, train
 
-from nadam.kernels.cpu import group, threads
+from nadam.kernels.cpu import threads
 from nadam.torch import NAdam
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -84,7 +84,8 @@ class Interrupted:
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(threads, "SLICE", 1)
-        monkeypatch.setattr(group, "share_out", self.share_out)
+        monkeypatch.setattr(threads, "parallel", lambda: None)
+        monkeypatch.setattr(threads, "share_out", self.share_out)
         self.left = None
 
     def share_out(self, kernel, block, control, chunks, helpers):

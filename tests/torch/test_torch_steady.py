@@ -6,7 +6,7 @@ import pytest
 import torch
 from training import SHAPES, Gradients, equal, parameters
 
-from nadam.kernels.cpu import fused_step, plan, threads
+from nadam.kernels.cpu import machine_code, plan, threads
 from nadam.torch import NAdam
 from nadam.torch.bucket_cache import BucketCache
 
@@ -24,13 +24,13 @@ class Watch:
     """How many updates were done at once, by the kernel that makes their scalars itself."""
 
     def __init__(self, monkeypatch):
-        self.count, update = 0, fused_step.FusedStep.update
+        self.count, update = 0, plan.FusedStep.update
 
         def counted(own, *args):
             self.count += 1
             update(own, *args)
 
-        monkeypatch.setattr(fused_step.FusedStep, "update", counted)
+        monkeypatch.setattr(plan.FusedStep, "update", counted)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_gradients_that_never_lie_the_same_way_twice(watch):
 
 
 def test_too_few_functions_of_the_c_library(watch, monkeypatch):
-    monkeypatch.setattr(plan.native, "mathematical_functions", dict)
+    monkeypatch.setattr(machine_code, "mathematical_functions", dict)
     run = Run(NAdam)
     for _ in range(4):
         run.step()

@@ -15,13 +15,11 @@ from nadam.core.element import Flags
 from nadam.core.scalars import Scalars, clamp_eps
 from nadam.kernels import layout as at
 from nadam.kernels.cpu import machine_code
-from nadam.kernels.cpu.threads import get_num_threads, share_out
+from nadam.kernels.cpu.machine_code import Kernel
+from nadam.kernels.cpu.threads import Sharing
 from nadam.kernels.strides import address, axis_order, layout
 
 Array = NDArray[Any]
-
-# Below this many elements the calling thread is done before a helper has woken up.
-WORTH_SHARING = 1 << 20
 
 
 class TensorMemory(NamedTuple):
@@ -62,13 +60,12 @@ class TensorGroup:
         default_threads: Callable[[], int] | None = None,
     ) -> None:
         param_format, grad_format, self.averaged, self.rounded = tensors[0].kind
-        self._default_threads = default_threads
         self.members, self.decays = np.array(members, np.int64), np.array([float(tensor.decays) for tensor in tensors])
         self.rows, self.sizes, layouts = _descriptors(tensors, members)
         self.keep = keep, layouts
         compute = self.compute = COMPUTE_DTYPE[param_format]
         self.chunks = at.cut_into_chunks(self.sizes)
-        self.worth_sharing = sum(self.sizes) >= WORTH_SHARING
+        self.sharing = Sharing(sum(self.sizes), len(self.chunks), default_threads)
         self.largest, self.smallest = LARGEST[compute], SMALLEST_NORMAL[compute]
         n = len(self.sizes)
         self._factors, self._decays = np.ones(n, compute), np.zeros(n, compute)
@@ -86,7 +83,7 @@ class TensorGroup:
         }
         self._formats = {"one_pass": (param_format, grad_format)}
         self._formats["accumulate"] = self._formats["measure"] = grad_format, compute
-        self._kernels: dict[tuple[str, tuple[Any, ...]], Callable[[int, int], None]] = {}
+        self._kernels: dict[tuple[str, tuple[Any, ...]], Kernel] = {}
         self._buffers: dict[str, CounterBuffers] = {}
         self._multipliers: Any = None
 
@@ -95,7 +92,7 @@ class TensorGroup:
         block = np.array([*common, *map(address, extra)], np.int64)
         return block, address(block)
 
-    def ready(self, name: str, buffers: CounterBuffers | None, *variant: Any) -> tuple[Callable[[int, int], None], int]:
+    def ready(self, name: str, buffers: CounterBuffers | None, *variant: Any) -> tuple[Kernel, int]:
         """The kernel of a pass, and the address of its arguments."""
         kernel = self._kernels.get((name, variant))
         if kernel is None:
@@ -109,9 +106,7 @@ class TensorGroup:
         return kernel, address_of_block
 
     def _run(self, name: str, buffers: CounterBuffers | None, *variant: Any) -> None:
-        kernel, address_of_block = self.ready(name, buffers, *variant)
-        helpers = min(get_num_threads(self._default_threads), len(self.chunks)) - 1 if self.worth_sharing else 0
-        share_out(kernel, address_of_block, self.shared, len(self.chunks), helpers)
+        self.sharing.run(*self.ready(name, buffers, *variant), self.shared)
 
     def measure(
         self, inv_scale: float, accumulated: bool, largest: float | None = None, scale: float = 1.0

@@ -50,26 +50,26 @@ define void @task(i64 %scratch) {{
 _LIBRARY = {"memset": ctypes.memset, "memcpy": ctypes.memmove, "memmove": ctypes.memmove}
 _FUNCTIONS = ("pow", "log", "expm1")  # of the C library that Python's own `math` calls
 _kernels: dict[tuple[Any, ...], Any] = {}
-_addresses: dict[Any, int] = {}
 _engines: list[Any] = []  # own the machine code, which must outlive every thread that runs it
 compilations = 0  # kernels that this process compiled, for those who want to know
 
 
-def kernel(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
-    """A kernel as a function that releases the GIL."""
+class Kernel(partial[None]):
+    """A kernel as a function of two int64: the address of its arguments, and how much it may do in this call."""
+
+    address: int  # of its machine code, for others that call it
+
+
+def kernel(module: str, name: str, *variant: Any) -> Kernel:
+    """A kernel, which releases the GIL."""
     known = _kernels.get((module, name, variant))
     return known if known is not None else _make(_callable, module, name, variant)  # type: ignore[no-any-return]
 
 
-def kernel_holding_gil(module: str, name: str, *variant: Any) -> Callable[[int, int], None]:
+def kernel_holding_gil(module: str, name: str, *variant: Any) -> Kernel:
     """A kernel that keeps the GIL, and raises the Python exception that it leaves, if any."""
     key = (module, name, variant)
     return _kernels[key] if key in _kernels else _make(_callable_holding_gil, *key)  # type: ignore[no-any-return]
-
-
-def address_of(kernel: Callable[[int, int], None]) -> int:
-    """Where the machine code of a kernel begins, for another kernel that calls it."""
-    return _addresses[kernel]
 
 
 def handler(name: str, *variant: Any) -> int:
@@ -115,15 +115,15 @@ def _compile(module: str, name: str, variant: tuple[Any, ...]) -> bytes:
     return symbol.encode() + _SYMBOL_END + bytes(machine_code)
 
 
-def _callable(symbol: str, machine_code: bytes, convention: Any = ctypes.CFUNCTYPE) -> Callable[[int, int], None]:
+def _callable(symbol: str, machine_code: bytes, convention: Any = ctypes.CFUNCTYPE) -> Kernel:
     # Numba's calling convention: where to put the result, where to put an exception, then the arguments, two int64:
     # as pointers, which they are as wide as, they are converted in half the time.
     kind = convention(ctypes.c_int32, *[ctypes.c_void_p] * 4)
     address = _engine(machine_code).get_function_address(symbol)
     nowhere = ctypes.cast(ctypes.create_string_buffer(64), ctypes.c_void_p)
-    call = partial(kind(address), nowhere, nowhere)
-    _addresses[call] = address
-    return call
+    made = Kernel(kind(address), nowhere, nowhere)
+    made.address = address
+    return made
 
 
 _callable_holding_gil = partial(_callable, convention=ctypes.PYFUNCTYPE)
@@ -133,14 +133,20 @@ def _handler(symbol: str, machine_code: bytes) -> int:
     return int(_engine(machine_code, _HANDLER.format(symbol=symbol)).get_function_address("handler"))
 
 
-def _engine(machine_code: bytes, assembly: str = "") -> Any:
+def function_of(assembly: str, name: str) -> int:
+    """The address of a function of some LLVM assembly."""
+    return int(_engine(None, assembly).get_function_address(name))
+
+
+def _engine(machine_code: bytes | None, assembly: str = "") -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     for name, function in {**_LIBRARY, **mathematical_functions()}.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="large")  # a call may go far
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
-    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+    if machine_code is not None:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     _engines.append(engine)
     return engine

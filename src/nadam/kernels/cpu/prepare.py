@@ -15,7 +15,7 @@ from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
 from nadam.core.rebind import bind_scalars, rebind
 from nadam.core.scalars import Settings, log, where
 from nadam.kernels import layout as at
-from nadam.kernels.cpu import fused_step as own
+from nadam.kernels.cpu import plan as own
 from nadam.kernels.cpu.formats import CASTS, FORMATS
 from nadam.kernels.cpu.memory import doubles, fields_of, integers, pointer_to
 from nadam.kernels.cpu.passes import maximum
@@ -44,17 +44,21 @@ def start(arguments):
 
 
 def norms() -> Any:
-    """The kernel that measures all gradients and adds up the chunks of each, in their order."""
+    """The kernel that measures all gradients and adds up the chunks of each, in their order.
+
+    With a budget of 0 it only prepares, with one of -1 it only adds up: threads share the pass in between.
+    """
 
     @njit(error_model="numpy", _nrt=False)
     def kernel(block, budget):
         b, numbers = integers(block), doubles(block)
         arguments, found = integers(b[own.ARGUMENTS]), doubles(b[own.NORMS])
         totals, outside = doubles(arguments[at.EXTRA + 2]), integers(arguments[at.EXTRA + 3])
-        for chunk in range(arguments[at.NUM_CHUNKS]):
-            totals[chunk], outside[chunk] = 0.0, 0
-        start(arguments)
-        run(b[own.PASS], b[own.ARGUMENTS], budget)
+        if budget >= 0:
+            for chunk in range(arguments[at.NUM_CHUNKS]):
+                totals[chunk], outside[chunk] = 0.0, 0
+            start(arguments)
+            run(b[own.PASS], b[own.ARGUMENTS], budget)
         for tensor in range(b[own.NUM_TENSORS]):
             found[tensor] = 0.0
         chunks = integers(arguments[at.CHUNKS])
