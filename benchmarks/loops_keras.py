@@ -25,7 +25,7 @@ OVER_NADAM = {
     "jax": {BIG: (1.1, 1.2), SMALL: (1.3, 1.3), MLP: (1.05, 1.05)},
     "tensorflow": {BIG: (1.15, 1.4), SMALL: (1.15, 1.3), MLP: (1.25, 1.7)},
 }
-LR, BATCHES = 1e-4, 8  # batches of a sample, one call of fit()
+LR, BATCHES = 1e-4, 40  # batches of a sample, one call of fit()
 MODELS[:] = [name for name in MODELS if name != TRANSFORMER]
 
 

@@ -98,7 +98,7 @@ def test_a_constraint_and_an_unknown_format_are_left_to_the_compiler():
     tensors, grads = state(h, "float32", "float32")
     infos = [traced.ParamInfo(False, abs if i == 1 else None) for i in range(len(tensors))]
     grads[2], grads[3] = grads[2].astype("float8_e4m3fn"), None
-    everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)], h.flags)
+    everything = traced.Pass(grads, grads, Scalars(*[jnp.float32(0.1)] * 11), [jnp.float32(1.0)], h.flags, False)
     assert sorted(ffi.one_pass(everything, tensors, infos)) == [0, 4, 5]
 
 

@@ -81,7 +81,7 @@ VERSIONS = {
     "accumulator not cleared": Wrong(
         [
             ("kernels/cpu/passes.py", "a[i] = to_compute(0.0)", "a[i] = total"),
-            ("kernels/gpu/passes.py", "left, tl.zeros((BLOCK,), COMPUTE), COMPUTE", "left, accumulator, COMPUTE"),
+            ("kernels/gpu/passes.py", "left, tl.zeros_like(accumulator), COMPUTE", "left, accumulator, COMPUTE"),
             ("torch/fallback.py", "torch._foreach_zero_([", "list(["),
             ("jax/step.py", "jnp.where(running, jnp.zeros_like(done), done)", "tensor.accumulator + 0.0 * done"),
             ("keras/on_tensorflow.py", "slot[4].assign(tf.zeros_like(slot[4]))", "slot[4].assign_add(0.0 * slot[4])"),
