@@ -91,6 +91,10 @@ class Backend:
     def finish(self, cls: type) -> None:
         """After the creation of the class."""
 
+    def read(self, variable: Any) -> Any:
+        """A variable's value, as a tensor."""
+        return variable.value
+
     def is_traced(self, value: Any) -> bool:
         """Whether a value is a tensor that is known only when a compiled program runs."""
         return False

@@ -82,7 +82,7 @@ def now(optimizer: Optimizer, calls: Any) -> Now:
     """What the call after so many ``calls`` uses: numbers where they are known, else scalars of the backend."""
     rate, h = optimizer._learning_rate, optimizer._hyper
     if isinstance(rate, keras.Variable):
-        rate = rate.value
+        rate = backend.read(rate)
     elif isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = rate(calls)
     if backend.is_traced(rate):  # it cannot raise: out of its range it makes everything NaN, which is seen

@@ -41,6 +41,9 @@ class TensorFlowBackend(Backend):
         scope: AbstractContextManager[Any] = optimizer._distribution_strategy.extended.colocate_vars_with(value)
         return scope
 
+    def read(self, variable: Any) -> Any:
+        return tf.convert_to_tensor(variable.value)  # of tf.distribute's variables this replica's
+
     def is_traced(self, value: Any) -> bool:
         if tf.executing_eagerly() or not tf.is_tensor(value):
             return False
