@@ -76,6 +76,7 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
         sample = loop(optimizer)
         try:
             sample()
+            sample()
         except Exception as error:  # Keras's own with use_ema donate the same buffer twice on JAX
             progress(f"{who}: {type(error).__name__}: {str(error)[:80]}")
         else:
