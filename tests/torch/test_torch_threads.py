@@ -159,3 +159,21 @@ def test_the_faster_threads_are_chosen_and_the_others_tried_again(slow, monkeypa
     for _ in range(3 * threads.AGAIN):
         sharing.run(None, 0, None)
     assert used[-threads.AGAIN + 2 :].count(slow) <= 1
+
+
+@needs_regions
+def test_each_pass_tries_both_for_itself(monkeypatch):
+    used = {}
+
+    def watched(way, share, place):
+        def run(*args):
+            used.setdefault(args[place], []).append(way)
+            share(*args)
+
+        return run
+
+    monkeypatch.setattr(threads, "share_region", watched("PyTorch's", threads.share_region, 1))
+    monkeypatch.setattr(threads, "share_out", watched("ours", threads.share_out, 0))
+    train({"global_clipnorm": 1.0}, steps=threads.TRIALS)
+    assert len(used) == 2  # the gradients are measured, then the parameters updated
+    assert all(set(ways) == {"PyTorch's", "ours"} for ways in used.values())

@@ -34,7 +34,7 @@ class StateOptions(NamedTuple):
     """How state is kept."""
 
     remainder: bool  # beside bfloat16 parameters
-    exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it rounded by chance, else as wide as is computed in
+    exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it so, stochastically rounded, else as wide as is computed in
     seed: int
 
     def checked(self) -> StateOptions:

@@ -155,7 +155,7 @@ def _scalars(factors: Sequence[float], like: Lists) -> Lists:
 
 
 def stochastically_rounded(value: Tensor, key: int) -> Tensor:
-    """float32 as bfloat16, by the same chance as in kernels/cpu/formats.py; integers here are of 64 bits."""
+    """float32 as bfloat16, by the same hash as in kernels/cpu/formats.py; integers here are of 64 bits."""
     order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
     dense = value.permute(order)
     x = torch.arange(value.numel(), device=value.device) * 0x9E3779B9 % 2**32 ^ key

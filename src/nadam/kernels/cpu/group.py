@@ -65,7 +65,9 @@ class TensorGroup:
         self.keep = keep, layouts
         compute = self.compute = COMPUTE_DTYPE[param_format]
         self.chunks = at.cut_into_chunks(self.sizes)
-        self.sharing = Sharing(sum(self.sizes), len(self.chunks), default_threads)
+        size = sum(self.sizes), len(self.chunks)
+        # One for each pass: what is faster for one tells nothing of another.
+        self.sharing = {name: Sharing(*size, default_threads) for name in ("one_pass", "accumulate", "measure")}
         self.largest, self.smallest = LARGEST[compute], SMALLEST_NORMAL[compute]
         n = len(self.sizes)
         self._factors, self._decays = np.ones(n, compute), np.zeros(n, compute)
@@ -106,7 +108,7 @@ class TensorGroup:
         return kernel, address_of_block
 
     def _run(self, name: str, buffers: CounterBuffers | None, *variant: Any) -> None:
-        self.sharing.run(*self.ready(name, buffers, *variant), self.shared)
+        self.sharing[name].run(*self.ready(name, buffers, *variant), self.shared)
 
     def measure(
         self, inv_scale: float, accumulated: bool, largest: float | None = None, scale: float = 1.0

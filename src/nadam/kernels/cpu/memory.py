@@ -15,15 +15,21 @@ from nadam.kernels.cpu.formats import FORMATS
 PIECE = 2048
 
 
-@intrinsic
-def fetch_add(typing: Any, address: Any) -> Any:
-    """Add 1 to the int64 at an address, atomically; gives what it was."""
+def atomic_add(amount: int, ordering: str) -> Callable[..., Any]:
+    """Address -> what the int64 there was before the amount was added, atomically."""
 
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        counter = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+    @intrinsic
+    def add(typing: Any, address: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            counter = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+            return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), amount), ordering)
 
-    return types.int64(types.int64), build
+        return types.int64(types.int64), build
+
+    return add  # type: ignore[no-any-return]
+
+
+fetch_add = atomic_add(1, "monotonic")
 
 
 @cache

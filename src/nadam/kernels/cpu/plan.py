@@ -66,9 +66,10 @@ class FusedStep:
             self._measured[PASS] = self._measure.address
             self._norms_kernel = machine_code.kernel("prepare", "norms")
         self._square[SQUARE] = inv_scale**2
-        if self._group.sharing.worth_it:
+        sharing = self._group.sharing["measure"]
+        if sharing.worth_it:
             self._norms_kernel(self._addresses[0], 0)
-            self._group.sharing.run(self._measure, self._measured[ARGUMENTS], self._group.shared)
+            sharing.run(self._measure, self._measured[ARGUMENTS], self._group.shared)
             self._norms_kernel(self._addresses[0], -1)
         else:
             self._norms_kernel(self._addresses[0], threads.UNTIL_DONE)
@@ -80,11 +81,11 @@ class FusedStep:
         known = self._known
         if known[0] is not h or known[1] is not now or known[2] is not counters:
             self._bind_arguments(bucket)
-        group = self._group
+        group, sharing = self._group, self._group.sharing["one_pass"]
         self._inputs[GRAD_FACTOR] = grad_factor
-        self._update_kernel(self._addresses[1], 0 if group.sharing.worth_it else threads.SLICE)
-        if group.sharing.worth_it:
-            group.sharing.run(self._pass, self._arguments, group.shared)
+        self._update_kernel(self._addresses[1], 0 if sharing.worth_it else threads.SLICE)
+        if sharing.worth_it:
+            sharing.run(self._pass, self._arguments, group.shared)
         while group.shared[at.TICKET] < len(group.chunks):
             self._pass(self._arguments, threads.SLICE)
         if self._has_empty:  # no chunk of theirs has written their counters
@@ -101,11 +102,7 @@ class FusedStep:
         h, now, counters, _ = bucket
         self._pass, self._arguments = self._group.ready("one_pass", counters.buffers, *h.flags, False)
         words = self._updated
-        words[PASS], words[ARGUMENTS], words[SHOWN] = (
-            self._pass.address,
-            self._arguments,
-            counters.shown,
-        )
+        words[PASS], words[ARGUMENTS], words[SHOWN] = self._pass.address, self._arguments, counters.shown
         settings = h.settings(now)
         settings = settings._replace(ema_overwrite_frequency=settings.ema_overwrite_frequency or NEVER)
         for place, number in enumerate((self._group.smallest, *settings), SMALLEST):
@@ -173,7 +170,7 @@ class KernelPlan:
         return norms.tolist(), True
 
     def update_at_once(self, bucket: Bucket, grad_factor: float) -> bool:
-        """An update of a small group in one native call; gives whether it was done."""
+        """An update of a single group, scalars and counters and all; gives whether it was done."""
         if self._fused is None:
             if self._uses < 0:
                 return False

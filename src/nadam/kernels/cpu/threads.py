@@ -2,9 +2,10 @@
 
 After a backward pass PyTorch's OpenMP workers are awake, spinning for work, and threads of ours would share the cores
 with them: so its tensors are done in a parallel region of the runtime that it has loaded, 21M parameters in a training
-loop in 10.1 ms where a pool beside them took 13.9. Everything else is done by a pool of ours, because Numba's threading
-layers abort under concurrent calls, die after a fork and bring a second OpenMP runtime. The calling thread always works
-too, and helpers that cannot be had (a fork, an interpreter that is shutting down, no more threads) are done without.
+loop in 11.5 to 12.8 ms where a pool beside them took 14.8 to 15.6. Everything else is done by a pool of ours, because
+Numba's threading layers abort under concurrent calls, die after a fork and bring a second OpenMP runtime. The calling
+thread always works too, and helpers that cannot be had (a fork, an interpreter that is shutting down, no more threads)
+are done without.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _default_num_threads() -> int:
 
 
 class Sharing:
-    """How the passes over one group are shared: by PyTorch's threads or ours, whichever have lately been faster for it.
+    """How a pass over one group is shared: by PyTorch's threads or ours, whichever have lately been faster for it.
 
     Where other programs compute as well, a region of OpenMP waits for threads that do not run, and ours do not.
     """

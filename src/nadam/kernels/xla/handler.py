@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from nadam.kernels import layout as at
 from nadam.kernels.cpu import passes
 from nadam.kernels.cpu.formats import CASTS, FORMATS
-from nadam.kernels.cpu.memory import doubles, integers, pointer_to
+from nadam.kernels.cpu.memory import atomic_add, doubles, integers, pointer_to
 
 # The structs of the interface, by words of 8 bytes.
 FRAME_SIZE, EXTENSION, API, CONTEXT, STAGE, NUM_ARGS, ARGS, RETS, FUTURE = 0, 1, 2, 3, 4, 7, 9, 14, 21
@@ -51,15 +51,7 @@ def call(typing: Any, function: Any, argument: Any) -> Any:
     return types.int64(types.int64, types.int64), build
 
 
-@intrinsic
-def leave(typing: Any, address: Any) -> Any:
-    """Take 1 from the int64 at an address, after all that was written before; gives what it was."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        counter = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
-        return builder.atomic_rmw("sub", counter, ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(types.int64), build
+leave = atomic_add(-1, "acq_rel")  # after all that was written before
 
 
 @njit
@@ -183,8 +175,9 @@ def one_pass(
     """The handler that updates parameters, moments and average in one pass; in place, so results alias operands.
 
     Operands: the fields of `scalars.Scalars`; a factor for each gradient; a decay for each parameter; gradients,
-    parameters, both moments, averages and accumulators if there are any. Results: scratch memory, then all that was
-    given from the parameters on. The arguments are those of `passes.one_pass`.
+    parameters, both moments, averages and accumulators if there are any; perhaps one more, only to be waited for.
+    Results: scratch memory, then all that was given from the parameters on. The arguments are those of
+    `passes.one_pass`.
     """
     columns = (at.PARAM, at.EXP_AVG, at.EXP_AVG_SQ, *([at.EMA] * averaged), *([at.ACCUMULATOR] * accumulated))
     state = len(columns)
