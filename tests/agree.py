@@ -152,4 +152,5 @@ def allowed(name, case):
     params = 6.0 if name.startswith(("jax", "keras")) else 4.0
     if case.settings.get("beta2") == 0.0:
         params *= 20.0  # a second moment that falls from 10 to 0.1 keeps the rounding of 10
-    return params, 2.0
+    # Of the factor up to a whole unit of the gradient, then half of one each for product, difference and sum.
+    return params, 2.5

@@ -49,6 +49,8 @@ OPTIONS = {
     "excluded": {"weight_decay": 0.3, "excluded": (1, 2)},
     "momentum_decay of PyTorch": {"momentum_decay": 0.004},
     "momentum_decay of optax": {"momentum_decay": INFINITE},
+    "bias_correction": {"bias_correction": "adam"},
+    "bias_correction of AlgoPerf": {"bias_correction": "adam", "momentum_decay": INFINITE, "weight_decay": 0.3},
     "clipnorm": {"clipnorm": 0.5, "eps": 0.1},
     "clipvalue": {"clipvalue": 0.25, "eps": 0.1},
     "global_clipnorm": {"global_clipnorm": 0.5, "eps": 0.1},
@@ -70,7 +72,7 @@ ARGUMENTS = {
     if not {"coupled_weight_decay", "excluded", "maximize", "exp_avg_dtype", "remainder", "eps_root"} & {*chosen}
 }
 # What is in no combination.
-ALONE = {"defaults", "lr callable", "beta1 callable", "beta2 callable", "eps zero"}
+ALONE = {"defaults", "lr callable", "beta1 callable", "beta2 callable", "bias_correction of AlgoPerf", "eps zero"}
 # From which combinations are drawn. Smaller epsilons make the step of a gradient near 0 ill-conditioned.
 VALUES = {
     "lr": [2.0**-8, 2.0**-6, halving],

@@ -28,6 +28,7 @@ class Reference:
         loss_scale_factor=None,
         gradient_accumulation_steps=None,
         momentum_decay=1.0,
+        bias_correction="nadam",
         skip_nonfinite=False,
         maximize=False,
         coupled_weight_decay=False,
@@ -77,6 +78,7 @@ class Reference:
         t = n + 1
         now, following = self.momentum(beta1, t), self.momentum(beta1, t + 1)
         self.product *= now
+        ahead_correction = 1 - self.product * (1 if s["bias_correction"] == "adam" else following)
         for j, g in enumerate(grads):
             if g is None:
                 continue
@@ -89,11 +91,11 @@ class Reference:
             largest = np.maximum(np.abs(self.m[j]), np.abs(g))
             self.m[j] = self.m[j] + (g - self.m[j]) * (1 - beta1)
             self.v[j] = self.v[j] + (g * g - self.v[j]) * (1 - beta2)
-            ahead, here = following * self.m[j] / (1 - self.product * following), (1 - now) * g / (1 - self.product)
+            ahead, here = following * self.m[j] / ahead_correction, (1 - now) * g / (1 - self.product)
             correction = -math.expm1(t * math.log(beta2)) if beta2 else 1.0  # 1 - beta2**t with all of its digits
             v_hat = np.sqrt(self.v[j] / correction + s["eps_root"]) + s["epsilon"]
             self.p[j] = self.p[j] - lr * (ahead + here) / v_hat
-            ahead = following * largest / (1 - self.product * following)
+            ahead = following * largest / ahead_correction
             self.reach[j] = lr * (ahead + np.abs(here)) / v_hat
             if s["constraint"] is not None:
                 self.p[j] = s["constraint"](self.p[j])

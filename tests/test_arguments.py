@@ -32,16 +32,17 @@ def test_an_argument_changes_the_result(argument):
 
 
 @pytest.mark.parametrize(
-    ("momentum_decay", "after_1", "after_10", "after_1000"),
+    ("momentum_decay", "bias_correction", "after_1", "after_10", "after_1000"),
     [
-        (1.0, 0.998937212, 0.995857077, 0.576186592),
-        (0.004, 0.998943549, 0.995777853, 0.576271844),
-        (math.inf, 0.998526316, 0.993478193, 0.572792249),
+        (1.0, "nadam", 0.998937212, 0.995857077, 0.576186592),
+        (0.004, "nadam", 0.998943549, 0.995777853, 0.576271844),
+        (math.inf, "nadam", 0.998526316, 0.993478193, 0.572792249),
+        (math.inf, "adam", 0.998100001, 0.992333526, 0.571510364),
     ],
 )
-def test_check_values(momentum_decay, after_1, after_10, after_1000):
+def test_check_values(momentum_decay, bias_correction, after_1, after_10, after_1000):
     param = np.ones(1)
-    optimizer = nadam.Nadam(1e-3, momentum_decay=momentum_decay)
+    optimizer = nadam.Nadam(1e-3, momentum_decay=momentum_decay, bias_correction=bias_correction)
     seen = {}
     for t in range(1, 1001):
         optimizer.apply([np.array([0.1 + 0.3 * math.sin(t)])], [param])

@@ -59,6 +59,8 @@ def trained(dtype=np.float32, **settings):
         ("ema_overwrite_frequency", 0, "ema_overwrite_frequency >= 1"),
         ("ema_momentum", 1.5, "0 <= ema_momentum <= 1"),
         ("momentum_decay", -1.0, "momentum_decay >= 0"),
+        ("bias_correction", "Adam", "'nadam' or 'adam'"),
+        ("bias_correction", None, "'nadam' or 'adam'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(argument, value, allowed):

@@ -200,7 +200,7 @@ OPTIONS = {
     "loss_scale_factor": {"loss_scale_factor": 4.0},
     "accumulation": {"gradient_accumulation_steps": 3},
     "accumulation, average": {"gradient_accumulation_steps": 3, "use_ema": True, "global_clipnorm": 1.0},
-    "momentum_decay": {"momentum_decay": 0.004},
+    "momentum_decay": {"momentum_decay": 0.004, "bias_correction": "adam"},
     "skip_nonfinite": {"skip_nonfinite": True},
     "dynamic loss scale": {},
 }

@@ -95,6 +95,12 @@ STEPS = {
         "1.0 - ema_momentum,\n        ema_momentum",
         {"use_ema": True},
     ),
+    "Adam's correction left out": (
+        scalars,
+        "adam_correction=settings.adam_correction",
+        "adam_correction=False",
+        {"bias_correction": "adam"},
+    ),
     "decay without the rate": (
         scalars,
         "settings.lr * settings.weight_decay",

@@ -24,7 +24,8 @@ def inputs(dtype):
     rng = np.random.default_rng(0)
     p, g, m = (rng.standard_normal(N).astype(dtype) for _ in range(3))
     v = np.square(rng.standard_normal(N)).astype(dtype)
-    c, _ = coefficients(7, lr=0.01, beta1=0.9, beta2=0.99, eps=1e-3, momentum_decay=1.0, momentum_product=0.2)
+    settings = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "momentum_decay": 1.0, "adam_correction": False}
+    c, _ = coefficients(7, **settings, momentum_product=0.2)
     return (p, g, m, v), (0.001, *c)
 
 

@@ -190,7 +190,7 @@ def half():
         {"learning_rate": 0.1, "beta_1": 0.8, "clipnorm": 1.0, "use_ema": True, "name": "mine"},
         {"learning_rate": nadam.schedules.CosineDecay(0.0, 100, warmup_target=0.1, warmup_steps=10)},
         {"learning_rate": nadam.schedules.PiecewiseConstantDecay([3, 5], [0.1, 0.01, 0.001])},
-        {"learning_rate": Warm(0.1), "momentum_decay": 0.004, "skip_nonfinite": True},
+        {"learning_rate": Warm(0.1), "momentum_decay": 0.004, "bias_correction": "adam", "skip_nonfinite": True},
         {"beta_1": half, "beta_2": half},
     ],
     ids=["defaults", "numbers", "cosine", "piecewise", "own schedule", "functions"],

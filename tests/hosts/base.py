@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-RULE = {"lr", "lr schedule", "beta1", "beta2", "eps", "weight_decay", "excluded", "momentum_decay"}
+RULE = {"lr", "lr schedule", "beta1", "beta2", "eps", "weight_decay", "excluded", "momentum_decay", "bias_correction"}
 CLIPS = {"clipnorm", "clipvalue", "global_clipnorm"}
 AVERAGE = {"use_ema", "ema_momentum", "ema_overwrite_frequency"}
 STEP = RULE | CLIPS | AVERAGE | {"gradient_accumulation_steps", "skip_nonfinite", "loss_scale_factor"}

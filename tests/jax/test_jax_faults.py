@@ -48,9 +48,10 @@ def moved(make, params, grads, state=None, **settings):
     ("b2", 1.5, "0 <= b2 < 1"),
     ("b2", nan, "0 <= b2 < 1"),
     ("momentum_decay", -1.0, "momentum_decay >= 0"),
+    ("bias_correction", "Adam", "'nadam' or 'adam'"),
 ])  # fmt: skip
 def test_numbers_out_of_their_range(make, name, value, allowed):  # rows 1 and 2
-    with pytest.raises(ValueError, match=f"^{name}={value}: expected {allowed}"):
+    with pytest.raises(ValueError, match=f"^{name}={value!r}: expected {allowed}"):
         make(**{"learning_rate": 0.1, name: value})
 
 

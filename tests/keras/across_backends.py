@@ -37,6 +37,7 @@ EVERYTHING = {
     "ema_overwrite_frequency": 2,
     "gradient_accumulation_steps": 3,
     "momentum_decay": 0.004,
+    "bias_correction": "adam",
     "skip_nonfinite": True,
 }
 

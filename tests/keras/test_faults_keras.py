@@ -30,6 +30,7 @@ OUT_OF_RANGE = {
     "ema_overwrite_frequency": ("ema_overwrite_frequency >= 1", [0]),
     "ema_momentum": ("0 <= ema_momentum <= 1", [1.5]),
     "momentum_decay": ("momentum_decay >= 0", [-1.0]),
+    "bias_correction": ("'nadam' or 'adam'", ["Adam", True]),
 }
 
 

@@ -115,6 +115,7 @@ def test_variables_without_weight_decay_stay_without(way):
         (from_stock, Nadam(), TypeError, "optimizer=<Nadam"),
         (to_stock, STOCK(), TypeError, r"expected a nadam\.keras\.Nadam"),
         (to_stock, Nadam(momentum_decay=0.004), ValueError, "momentum_decay=0.004"),
+        (to_stock, Nadam(bias_correction="adam"), ValueError, "bias_correction='adam'"),
         (to_stock, Nadam(skip_nonfinite=True), ValueError, "skip_nonfinite=True"),
         (to_stock, LossScale(Nadam(skip_nonfinite=True)), ValueError, "skip_nonfinite=True"),
     ],

@@ -41,6 +41,7 @@ OUT_OF_RANGE = {
     "ema_momentum": [1.5],
     "ema_overwrite_frequency": [0, 2.5],
     "gradient_accumulation_steps": [1, True, 2.5, 0],
+    "bias_correction": ["Adam", None],
 }
 
 

@@ -99,7 +99,7 @@ def test_what_reads_the_gradients(capability):
 @pytest.mark.parametrize("clip", ["EACH", None])
 def test_what_decides(clip):
     given = clip is not None
-    constants = dict.fromkeys(["COUPLED", "ACCUMULATED", "ROUNDED", "MEASURED"], given)
+    constants = dict.fromkeys(["COUPLED", "ADAM", "ACCUMULATED", "ROUNDED", "MEASURED"], given)
     constants |= {"EACH": clip == "EACH", "GLOBAL": given, "FREQUENCY": 3 if given else None}
     if not given:
         constants |= dict.fromkeys(["entries", "own_entries", "found", "scale", "lr_at"])

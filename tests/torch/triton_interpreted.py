@@ -450,16 +450,17 @@ def test_the_report_is_read_when_somebody_looks():
 
 @pytest.mark.parametrize("momentum_decay", [0.0, 0.004, 1.0, math.inf])
 @pytest.mark.parametrize("beta2", [0.0, 0.9, 0.9999])
-def test_coefficients_are_those_of_the_host(momentum_decay, beta2):
-    device = Device([torch.zeros(3)], beta2=beta2, momentum_decay=momentum_decay)
+@pytest.mark.parametrize("bias_correction", ["nadam", "adam"])
+def test_coefficients_are_those_of_the_host(momentum_decay, beta2, bias_correction):
+    settings = {"beta2": beta2, "momentum_decay": momentum_decay}
+    device = Device([torch.zeros(3)], **settings, bias_correction=bias_correction)
+    settings["adam_correction"] = bias_correction == "adam"
     grads = [torch.ones(3)]
     for step in (1, 2, 10, 1000, 10**6):
         part = device.part(grads)
         part.plan.counters[:2] = torch.tensor([step - 1.0, 0.75])
         on_gpu.step([part])
-        c, product = coefficients(
-            step, lr=0.02, beta1=0.9, beta2=beta2, eps=1e-8, momentum_decay=momentum_decay, momentum_product=0.75
-        )
+        c, product = coefficients(step, lr=0.02, beta1=0.9, eps=1e-8, momentum_product=0.75, **settings)
         scalars = dict(zip(SCALARS, part.plan.scalars["float64"].tolist(), strict=True))
         ours = [scalars[name] for name in c._fields]
         np.testing.assert_allclose(ours, c, rtol=1e-14, atol=0)

@@ -59,6 +59,7 @@ class Configured:
     loss_scale_factor = _Setting("loss_scale_factor")
     gradient_accumulation_steps = _Setting("gradient_accumulation_steps", fixed=True)
     momentum_decay = _Setting("momentum_decay")
+    bias_correction = _Setting("bias_correction")
     skip_nonfinite = _Setting("skip_nonfinite")
 
     name: str

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "momentum_decay": ("{} >= 0", lambda x: x >= 0),
 }
 OPTIONAL = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"}
+BIAS_CORRECTIONS = ("nadam", "adam")
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -60,6 +61,8 @@ class Hyperparameters:
         loss_scale_factor: What the loss was multiplied by, > 0; gradients are divided by it.
         gradient_accumulation_steps: Calls per update, at least 2; None for an update at each call.
         momentum_decay: How fast the momentum warms up: 1 is Keras, 0.004 PyTorch, infinity optax.
+        bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
+            that of this step, as the gradient term.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows changes nothing.
         coupled_weight_decay: Whether weight_decay times the parameter is instead added to the gradient (L2).
         maximize: Whether to go up the gradient.
@@ -89,6 +92,7 @@ class Hyperparameters:
     loss_scale_factor: float | None = None
     gradient_accumulation_steps: int | None = None
     momentum_decay: float = 1.0
+    bias_correction: str = "nadam"
     skip_nonfinite: bool = False
     coupled_weight_decay: bool = False
     maximize: bool = False
@@ -103,6 +107,7 @@ class Hyperparameters:
                 object.__setattr__(self, name, self._in_range(name, value))
         self._check_integer("ema_overwrite_frequency", 1)
         self._check_integer("gradient_accumulation_steps", 2)
+        one_of(BIAS_CORRECTIONS, self._spelt("bias_correction"), self.bias_correction)
         clips = [name for name in CLIPPING if getattr(self, name) is not None]
         if len(clips) > 1:
             values = ", ".join(f"{self._spelt(name)}={getattr(self, name)!r}" for name in clips)
@@ -124,6 +129,7 @@ class Hyperparameters:
             self.momentum_decay,
             self.weight_decay or 0.0,
             self.coupled_weight_decay,
+            self.bias_correction == "adam",
             math.inf if self.clipvalue is None else self.clipvalue,
             self.ema_momentum,
             self.ema_overwrite_frequency,
@@ -170,6 +176,13 @@ def in_range(name: str, number: float, spelt: str) -> float:
     if not test(number):
         raise ValueError(f"{spelt}={number!r}: expected {allowed.format(spelt)}")
     return number
+
+
+def one_of(allowed: tuple[str, ...], spelt: str, value: Any) -> str:
+    """A word that is among the allowed ones."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{spelt}={value!r}: expected {' or '.join(map(repr, allowed))}")
+    return value
 
 
 def as_number(name: str, value: Any) -> float:

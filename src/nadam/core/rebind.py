@@ -44,7 +44,9 @@ def bind_scalars(
     """The functions that make a step's scalars by name, compiled; ``names`` are sqrt, expm1, log and the like."""
     momentum = compile(scalars.momentum, MOMENTUM_WARMUP=warmup, **names)
     made = {
-        "coefficients": compile(scalars.coefficients, momentum=momentum, Coefficients=scalars.Coefficients, **names),
+        "coefficients": compile(
+            scalars.coefficients, momentum=momentum, where=where, Coefficients=scalars.Coefficients, **names
+        ),
         "averaging": compile(scalars.averaging, where=where),
         "clamp_eps": compile(scalars.clamp_eps, where=where, maximum=maximum),
     }

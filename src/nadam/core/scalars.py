@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     momentum_decay: Scalar
     weight_decay: Scalar  # 0 for none
     coupled: Any  # whether it is added to the gradient instead
+    adam_correction: Any  # whether the momentum term has Adam's bias correction, as the gradient has
     clipvalue: Scalar  # infinity for none
     ema_momentum: Scalar
     ema_overwrite_frequency: Any  # None for never
@@ -112,6 +113,7 @@ def coefficients(
     eps: float,
     momentum_decay: float,
     momentum_product: Scalar,
+    adam_correction: Any,
 ) -> tuple[Coefficients, Scalar]:
     """This step's scalars of the rule, and the new momentum product.
 
@@ -132,10 +134,18 @@ def coefficients(
         eps: Added outside the square root, >= 0.
         momentum_decay: How fast the momentum warms up, >= 0: 1 is Keras, 0.004 PyTorch, infinity optax.
         momentum_product: Product of the momenta of the updates before this one; 1 before the first.
+        adam_correction: Whether exp_avg_step has the denominator of grad_step, which is Adam's bias correction.
 
     Example:
         >>> c, product = coefficients(
-        ...     1, lr=0.5, beta1=0.9, beta2=0.75, eps=1e-7, momentum_decay=1.0, momentum_product=1.0
+        ...     1,
+        ...     lr=0.5,
+        ...     beta1=0.9,
+        ...     beta2=0.75,
+        ...     eps=1e-7,
+        ...     momentum_decay=1.0,
+        ...     momentum_product=1.0,
+        ...     adam_correction=False,
         ... )
         >>> round(c.exp_avg_weight, 6), round(c.eps, 9), product
         (0.1, 5e-08, 0.468)
@@ -151,7 +161,7 @@ def coefficients(
         Coefficients(
             exp_avg_weight=1.0 - beta1,
             exp_avg_sq_weight=1.0 - beta2,
-            exp_avg_step=lr * root * following / (1.0 - product * following),
+            exp_avg_step=lr * root * following / (1.0 - product * where(adam_correction, 1.0, following)),
             grad_step=lr * root * (1.0 - now) / (1.0 - product),
             eps=root * eps,
         ),
@@ -173,7 +183,7 @@ def scalars(
         smallest: The smallest normal number of that dtype.
 
     Example:
-        >>> settings = Settings(0.5, 0.9, 0.75, 1e-7, 1.0, 0.1, False, 2.0, 0.99, None)
+        >>> settings = Settings(0.5, 0.9, 0.75, 1e-7, 1.0, 0.1, False, False, 2.0, 0.99, None)
         >>> s, product = scalars(settings, 1, 1.0, 1.0, 1.0, 2.0**-1022)
         >>> s.decay, s.ema_momentum, s.overwrite, product
         (0.05, 0.0, 0.0, 0.468)
@@ -186,6 +196,7 @@ def scalars(
         eps=settings.eps,
         momentum_decay=settings.momentum_decay,
         momentum_product=momentum_product,
+        adam_correction=settings.adam_correction,
     )
     ema_momentum, overwrite = averaging(settings.ema_momentum, settings.ema_overwrite_frequency, step)
     made = Scalars(

@@ -93,6 +93,7 @@ def fused(
     eps: float = 1e-8,
     *,
     momentum_decay: float | None = None,
+    bias_correction: str = "nadam",
     weight_decay: float | None = None,
     mask: Any = None,
     clipnorm: float | None = None,
@@ -116,6 +117,8 @@ def fused(
         eps: Added outside the square root, >= 0.
         momentum_decay: How fast the momentum warms up, >= 0: 0.004 is PyTorch's, 1 is Keras's; None or infinity, not at
             all, is optax's.
+        bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
+            that of this step, as AlgoPerf's NadamW.
         weight_decay: learning_rate * weight_decay of each parameter goes at each update, >= 0; None for none.
         mask: Which parameters decay: a tree of bools like the parameters or a prefix of it, or a function that gives
             one; None for all.

@@ -19,6 +19,7 @@ from jax import numpy as jnp
 
 from nadam.core import rule
 from nadam.core.dtypes import SMALLEST_NORMAL
+from nadam.core.hyperparameters import BIAS_CORRECTIONS, one_of
 from nadam.core.library import mathematics
 from nadam.core.rebind import rebind
 from nadam.core.traced import eps_in, scalar
@@ -54,6 +55,7 @@ def nadam(
     mu_dtype: Any = None,
     *,
     momentum_decay: Any = None,
+    bias_correction: str = "nadam",
 ) -> optax.GradientTransformationExtraArgs:
     """Nadam in the place of `optax.nadam`: the same arguments, numbers and state.
 
@@ -68,6 +70,8 @@ def nadam(
         mu_dtype: dtype of the first moments; None for that of the arithmetic.
         momentum_decay: How fast the momentum warms up, >= 0: 0.004 is PyTorch's, 1 is Keras's. None or infinity, not at
             all, is optax's; the state is then optax's own, `optax.ScaleByAdamState`, and else `NadamState`.
+        bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
+            that of this step, as AlgoPerf's NadamW.
 
     Returns:
         A transformation whose updates are of the dtype of parameters and gradients together.
@@ -89,7 +93,7 @@ def nadam(
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
-    scaled = _Scaled(b1, b2, eps, eps_root, mu_dtype, momentum_decay)
+    scaled = _Scaled(b1, b2, eps, eps_root, mu_dtype, momentum_decay, bias_correction)
     return _transformation(scaled, _Rate("learning_rate", learning_rate), None, None)
 
 
@@ -104,6 +108,7 @@ def nadamw(
     mask: Any = None,
     *,
     momentum_decay: Any = None,
+    bias_correction: str = "nadam",
 ) -> optax.GradientTransformationExtraArgs:
     """`nadam` with decoupled weight decay, in the place of `optax.nadamw`.
 
@@ -118,6 +123,7 @@ def nadamw(
         mask: Which parameters decay: a tree of bools like the parameters or a prefix of it, or a function that gives
             one; None for all.
         momentum_decay: How fast the momentum warms up.
+        bias_correction: "adam" for AlgoPerf's NadamW.
 
     Raises:
         ValueError: A number out of its range; an update without ``params``.
@@ -131,7 +137,7 @@ def nadamw(
         >>> updates.tolist()
         [-1.0, -1.0]
     """
-    scaled = _Scaled(b1, b2, eps, eps_root, mu_dtype, momentum_decay)
+    scaled = _Scaled(b1, b2, eps, eps_root, mu_dtype, momentum_decay, bias_correction)
     return _transformation(scaled, _Rate("learning_rate", learning_rate), _Rate("weight_decay", weight_decay), mask)
 
 
@@ -153,10 +159,13 @@ class _Rate:
 class _Scaled:
     """The hyperparameters of the rule and their checks; the scalars of a step."""
 
-    def __init__(self, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, momentum_decay: Any) -> None:
+    def __init__(
+        self, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, momentum_decay: Any, bias_correction: str
+    ) -> None:
         self.b1, self.b2 = number("b1", b1), number("b2", b2)
         self.eps, self.eps_root = number("eps", eps), number("eps_root", eps_root)
         self.momentum_decay = inf if momentum_decay is None else number("momentum_decay", momentum_decay)
+        self.adam_correction = one_of(BIAS_CORRECTIONS, "bias_correction", bias_correction) == "adam"
         self.mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
         if self.mu_dtype is not None and not jnp.issubdtype(self.mu_dtype, jnp.floating):
             raise TypeError(f"mu_dtype={mu_dtype!r}: expected a floating-point dtype, or None")
@@ -199,6 +208,7 @@ class _Scaled:
             eps=1.0,  # which gives the root of the second moment's bias correction
             momentum_decay=momentum_decay,
             momentum_product=product,
+            adam_correction=self.adam_correction,
         )
         root = scalar(XP, c.eps, dtype)
         eps = mathematics(XP).clamp_eps(eps, root * eps, SMALLEST_NORMAL[dtype])

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from nadam.keras.optimizer import EXCLUDED, Nadam
+from nadam.keras.optimizer import EXCLUDED, OWN, Nadam
 from nadam.keras.state import product_after
 
 Optimizer = Any
@@ -47,7 +47,8 @@ def to_stock(optimizer: Optimizer) -> Optimizer:
 
     Raises:
         TypeError: Something else.
-        ValueError: A setting that Keras's own has not: ``momentum_decay`` other than 1, ``skip_nonfinite``.
+        ValueError: A setting that Keras's own has not: ``momentum_decay`` other than 1, ``bias_correction``
+            other than "nadam", ``skip_nonfinite``.
 
     Example:
         >>> to_stock(Nadam(0.01)).beta_1
@@ -70,7 +71,7 @@ def _converted(optimizer: Optimizer, source: Any, target: Any) -> Optimizer:
     if not isinstance(optimizer, source):
         raise TypeError(f"optimizer={optimizer!r}: expected a {source.__module__}.{source.__qualname__}")
     config = optimizer.get_config()
-    unknown = sorted({"momentum_decay", "skip_nonfinite"} & set(config))
+    unknown = sorted(OWN.keys() & config.keys())
     if target is not Nadam and unknown:
         raise ValueError(f"{unknown[0]}={config[unknown[0]]!r}: keras.optimizers.Nadam has no such setting")
     config.pop(EXCLUDED, None)

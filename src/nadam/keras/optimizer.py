@@ -19,7 +19,8 @@ from nadam.keras.slots import plain
 Number = float | Callable[[], float]
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 EXCLUDED = "excluded_from_weight_decay"  # in a config: patterns
-_UNCHANGED = {"momentum_decay": 1.0, "skip_nonfinite": False}  # what a config leaves out: Keras's own has no such thing
+# Settings that Keras's own has not, with their defaults, which a config leaves out.
+OWN = {"momentum_decay": 1.0, "bias_correction": "nadam", "skip_nonfinite": False}
 
 
 @saving.register_keras_serializable(package="nadam")
@@ -51,6 +52,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             None.
         name: Of the optimizer.
         momentum_decay: How fast the momentum warms up, >= 0: 1 is Keras, 0.004 PyTorch, infinity optax.
+        bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
+            that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
         **kwargs: None is known.
@@ -86,12 +89,13 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         name: str = "nadam",
         *,
         momentum_decay: float = 1.0,
+        bias_correction: str = "nadam",
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
         hyper = hyperparameters({name: plain(value) for name, value in locals().items()})
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
-        shared = {field: getattr(hyper, field) for field in FIELDS if field not in (*SPELLING, *_UNCHANGED)}
+        shared = {field: getattr(hyper, field) for field in FIELDS if field not in (*SPELLING, *OWN)}
         super().__init__(learning_rate=hyper.lr if callable(hyper.lr) else 0.0, name=name, **shared)
         if not callable(hyper.lr):  # in a variable of its own: Keras's has half precision where everything has
             self._untrack_variable(self._learning_rate)
@@ -271,15 +275,15 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that Keras can save.
 
-        ``momentum_decay``, ``skip_nonfinite`` and the exclusions from weight decay, which Keras's own forgets, are left
-        out where there is nothing to say: keras.optimizers.Nadam then takes the config as well.
+        ``momentum_decay``, ``bias_correction``, ``skip_nonfinite`` and the exclusions from weight decay, which Keras's
+        own forgets, are left out where there is nothing to say: keras.optimizers.Nadam then takes the config as well.
         """
         rate = self._learning_rate
         config = super(Configured, self).get_config()
         config["learning_rate"] = float(rate.numpy()) if isinstance(rate, keras.Variable) else _serialized(rate)
         config.update({"beta_1": _serialized(self.beta_1), "beta_2": _serialized(self.beta_2), "epsilon": self.epsilon})
-        ours = {name: getattr(self, name) for name in _UNCHANGED}
-        config.update({name: value for name, value in ours.items() if value != _UNCHANGED[name]})
+        ours = {name: getattr(self, name) for name in OWN}
+        config.update({name: value for name, value in ours.items() if value != OWN[name]})
         excluded = self._runtime.exclusion.as_patterns()
         return {**config, EXCLUDED: excluded} if excluded else config
 

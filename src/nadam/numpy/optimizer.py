@@ -45,6 +45,8 @@ class Nadam(Configured):
             None.
         name: For `get_config`.
         momentum_decay: How fast the momentum warms up, >= 0: 1 is Keras, 0.004 PyTorch, infinity optax.
+        bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
+            that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
         **kwargs: None is known.
@@ -86,6 +88,7 @@ class Nadam(Configured):
         name: str = "nadam",
         *,
         momentum_decay: float = 1.0,
+        bias_correction: str = "nadam",
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:

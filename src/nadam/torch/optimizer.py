@@ -57,6 +57,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         ema_overwrite_frequency: Every so many updates the parameters take their averages; None for never.
         gradient_accumulation_steps: An update every so many calls of `step`, with the mean of the gradients; at least
             2, or None.
+        bias_correction: "nadam" divides the first term of ``m_hat`` by ``1 - mu_product * next_momentum``, "adam" by
+            ``1 - mu_product``, as the second: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf and timm.
         skip_nonfinite: Whether a step whose gradients hold NaN, infinity or a value whose square overflows changes
             nothing but ``last_step.skipped_steps``.
         remainder: Whether to keep, beside each bfloat16 parameter, the 16 bits by which it differs from a float32 one:
@@ -105,6 +107,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
+        bias_correction: str = "nadam",
         remainder: bool = False,
         exp_avg_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -115,8 +118,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._forget()
         defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
-        if differentiable and any(value for name, value in self._extras.items() if name != "ema_momentum"):
-            raise ValueError("differentiable=True: expected none of " + ", ".join(settings.EXTRAS))
+        if differentiable and any(self._extras[name] for name in settings.KERNELS_ONLY):
+            raise ValueError("differentiable=True: expected none of " + ", ".join(settings.KERNELS_ONLY))
         super().__init__(params, defaults)
 
     def _forget(self) -> None:

@@ -28,8 +28,10 @@ DEFAULTS = (
 # Settings of the whole optimizer, which are not a group's.
 EXTRAS = (
     *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "ema_overwrite_frequency"),
-    *("gradient_accumulation_steps", "skip_nonfinite"),
+    *("gradient_accumulation_steps", "skip_nonfinite", "bias_correction"),
 )
+# Those that a step which is differentiated has not.
+KERNELS_ONLY = tuple(name for name in EXTRAS if name not in ("ema_momentum", "bias_correction"))
 # What of a group seldom changes; schedulers set the learning rate, and one of them a beta, at every step.
 _lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
 

@@ -94,7 +94,7 @@ def prepare(
     inv_scale: tl.float64, steps: tl.float64, lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64,
     momentum_decay: tl.float64, weight_decay: tl.float64, clip: tl.float64, ema_momentum: tl.float64, sign: tl.float64,
     seed: tl.int64,
-    MEASURED: tl.constexpr, EACH: tl.constexpr, GLOBAL: tl.constexpr, COUPLED: tl.constexpr,
+    MEASURED: tl.constexpr, EACH: tl.constexpr, GLOBAL: tl.constexpr, COUPLED: tl.constexpr, ADAM: tl.constexpr,
     ACCUMULATED: tl.constexpr, FREQUENCY: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide what this step does, write its scalars, and advance the counters; one program."""
@@ -129,7 +129,7 @@ def prepare(
 
     settings = Settings(
         rate, _wide(beta1), _wide(beta2), _wide(eps), _wide(momentum_decay), _wide(weight_decay), COUPLED,
-        _wide(clip), _wide(ema_momentum), FREQUENCY,
+        ADAM, _wide(clip), _wide(ema_momentum), FREQUENCY,
     )  # fmt: skip
     s, next_product = step_scalars(settings, step, step, product, multiplier, _wide(_SMALLEST64))
     for i in tl.static_range(_COUNT):
