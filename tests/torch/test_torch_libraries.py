@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 from training import DEVICE, apart, drawn, equal, seeded
 
-from nadam.torch import NAdam
+from nadam.torch import NAdam, NAdamW
 
 BATCHES, SIZE = 5, 4
 CLIP = 0.5
@@ -150,7 +150,7 @@ def forget_accelerator():
     state.GradientState._reset_state()
 
 
-def transformers_trainer(transformers, folder, seed, settings):
+def transformers_trainer(transformers, folder, seed, settings, cls):
     forget_accelerator()
     torch.manual_seed(seed)
     sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -174,26 +174,26 @@ def transformers_trainer(transformers, folder, seed, settings):
         model=model,
         args=arguments,
         train_dataset=[{"input_ids": text, "labels": text} for text in texts],
-        optimizer_cls_and_kwargs=(NAdam, settings),
+        optimizer_cls_and_kwargs=(cls, settings),
     )
 
 
-@pytest.mark.parametrize("extras", EXTRAS, ids=str)
-def test_transformers_trainer(transformers, tmp_path, extras):
+@pytest.mark.parametrize(("cls", "extras"), [*((NAdam, extras) for extras in EXTRAS), (NAdamW, {"clipnorm": 0.2})])
+def test_transformers_trainer(transformers, tmp_path, cls, extras):
     settings = {**SETTINGS, **extras}
-    unbroken = transformers_trainer(transformers, tmp_path, 0, settings)
+    unbroken = transformers_trainer(transformers, tmp_path, 0, settings, cls)
     before = deepcopy(unbroken.model)
     unbroken.train()
-    assert type(unbroken.optimizer.optimizer) is NAdam
+    assert type(unbroken.optimizer.optimizer) is cls
     assert not equal(unbroken.model.parameters(), before.parameters())
 
-    resumed = transformers_trainer(transformers, tmp_path, 1, settings)
+    resumed = transformers_trainer(transformers, tmp_path, 1, settings, cls)
     assert not equal(resumed.model.parameters(), before.parameters())
     steps = []
     resumed.add_callback(counting(transformers, steps))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert steps == [6, 7, 8, 9]
-    assert type(resumed.optimizer.optimizer) is NAdam
+    assert type(resumed.optimizer.optimizer) is cls
     assert_same(*[(trainer.model, trainer.optimizer.optimizer) for trainer in (resumed, unbroken)])
 
 

@@ -1,8 +1,12 @@
 """Runs of an optimizer of PyTorch on seeded gradients, for comparisons."""
 
+import importlib.util
 import os
+import sys
+import types
 
 import numpy as np
+import pytest
 import torch
 
 DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")  # where the tests run: conftest.py
@@ -64,3 +68,13 @@ def apart(params, others):
 def equal(params, others):
     """Bit for bit, wherever they lie."""
     return all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(params, others, strict=True))
+
+
+def timm_optim():
+    """`timm.optim`; also where torchvision is missing, which timm's models need and its optimizers do not."""
+    spec = importlib.util.find_spec("timm") or pytest.skip("timm is not installed")
+    if "timm" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        package, models = importlib.util.module_from_spec(spec), types.ModuleType("timm.models")
+        models.group_parameters = None
+        sys.modules |= {"timm": package, "timm.models": models}
+    return importlib.import_module("timm.optim")

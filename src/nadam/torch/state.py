@@ -64,14 +64,26 @@ def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], require
 def of_adam(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
     """A checkpoint of Adam as one of NAdam with the settings of these groups."""
     made = checked(groups, state_dict, ADAM)
-    for i, (ours, theirs) in enumerate(zip(groups, made["param_groups"], strict=True)):
-        made["param_groups"][i] = {**ours, "params": theirs["params"]}
-        for key in theirs["params"]:
+    pairs = zip(groups, made["param_groups"], strict=True)
+    return _with_products({**made, "param_groups": [{**ours, "params": theirs["params"]} for ours, theirs in pairs]})
+
+
+def of_nadamw(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
+    """A checkpoint of NAdamW, which keeps no momentum product, as one of NAdam; settings that it has not are ours."""
+    made = checked(groups, state_dict, ADAM)
+    pairs = zip(groups, made["param_groups"], strict=True)
+    return _with_products({**made, "param_groups": [{**ours, **theirs} for ours, theirs in pairs]})
+
+
+def _with_products(made: dict[str, Any]) -> Any:
+    """A checkpoint with the momentum products of so many steps."""
+    for group in made["param_groups"]:
+        for key in group["params"]:
             entry = made["state"].get(key)
             if entry:
                 entry.pop("max_exp_avg_sq", None)
-                steps, beta1 = int(entry["step"].tensor), float(ours["betas"][0])
-                product = momentum_product(steps, beta1, float(ours["momentum_decay"]))
+                steps, beta1 = int(entry["step"].tensor), float(group["betas"][0])
+                product = momentum_product(steps, beta1, float(group["momentum_decay"]))
                 entry["mu_product"] = Kept(torch.tensor(product, dtype=torch.float64, device="cpu"))
     return made
 
@@ -81,11 +93,11 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
         raise ValueError(f"{where}: expected a dict, got {type(entry).__name__}")
     missing = [name for name in required if name not in entry]
     if missing and entry:
-        owner = "NAdam" if required is NADAM else "Adam or AdamW"
+        owner = "NAdam" if required is NADAM else "Adam, AdamW or NAdamW"
         raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {owner}")
     kept = {}
     for name, value in entry.items():
-        if name not in {*required, *OURS}:
+        if name not in {*NADAM, *OURS}:
             kept[name] = value
             continue
         shape = torch.Size() if name in SCALARS else param.shape
