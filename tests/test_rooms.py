@@ -16,6 +16,7 @@ BELOW = {
     "core": set(),
     "kernels": {"core"},
     "checkpoint": set(),
+    "conformance": set(),
     "numpy": {"core", "kernels"},
     "torch": {"core", "kernels"},
     "jax": {"core", "kernels"},
