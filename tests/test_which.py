@@ -1,0 +1,62 @@
+"""Every Nadam that is installed here is the one that docs/which.md says; and ours are all four, on every host."""
+
+import inspect
+import sys
+import warnings
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+import nadam
+from nadam.conformance import identify
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = spec_from_file_location("nadams", ROOT / "examples" / "nadams.py")
+nadams = module_from_spec(SPEC)
+SPEC.loader.exec_module(nadams)
+ROWS = {row.name: row for row in nadams.ROWS}
+# Member, precision, and the cases that depart from it. Those of Keras and TensorFlow: keras/test_which_keras.py.
+EXPECTED = {
+    "torch.optim.NAdam": ("torch", "float32", set()),
+    "torch.optim.NAdam, foreach=True": ("torch", "float32", set()),
+    "optax.nadam": ("optax", "float64", set()),
+    "optax.nadamw": ("optax", "float64", set()),
+    "timm.optim.NAdamW": ("adam", "float64", set()),
+    "timm.optim.NAdamLegacy": ("torch", "float64", set()),
+    "heavyball.NAdam": ("torch", "float32", {"eps", "coupled_weight_decay"}),
+    "paddle.optimizer.NAdam": ("torch", "float32", set()),
+    "mindspore.experimental.optim.NAdam": ("torch", "float32", set()),
+    "mxnet.optimizer.Nadam": ("torch", "float64", {"plain", "betas", "eps", "coupled_weight_decay"}),
+}
+EXPECTED |= {row.name: (row.member, "float64", set()) for row in nadams.OURS if row.library != "keras"}
+
+
+def check(name, expected):
+    row = ROWS[name]
+    if row.library not in sys.modules and find_spec(row.library) is None:
+        pytest.skip("not installed")
+    if row.member == "adam" and "bias_correction" not in inspect.signature(nadam.Nadam).parameters:
+        pytest.skip("bias_correction is not there yet")
+    with warnings.catch_warnings():
+        if row.member is None:  # of others
+            warnings.simplefilter("ignore")
+        found = identify(row.make)
+    assert (found.member, found.precision, set(found.departures)) == expected
+    if row.member is not None and found.precision == "float64":
+        assert max(found.ulps.values()) <= 4
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_it_is_the_one_that_the_table_says(name):
+    check(name, EXPECTED[name])
+
+
+def test_the_table_of_the_page_has_every_row():
+    page = (ROOT / "docs" / "which.md").read_text()
+    assert not [row.name for row in nadams.PEERS if f"`{row.name.partition(',')[0]}`" not in page]
+
+
+def test_a_host_that_is_another_member_is_seen():
+    with pytest.raises(AssertionError):
+        check("nadam.Nadam as keras", EXPECTED["nadam.Nadam as torch"])
