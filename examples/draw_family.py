@@ -4,7 +4,6 @@ python examples/draw_family.py --out docs/images
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import matplotlib as mpl
@@ -58,6 +57,8 @@ def draw_schedules(axes):
         length = of_average * (1 - BETA1**steps) + of_grad  # where all gradients are alike
         axes[1].plot(steps, length, color=COLOURS[member])
     axes[1].set(title="step under a constant gradient, in lr", xlabel="step", xscale="log")
+    for axis in axes:
+        axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_trajectories(axes):
@@ -82,10 +83,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures (default: this one)")
     folder = parser.parse_args().out
-    os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # no date in the files
     with mpl.rc_context(STYLE):
         for name, panels in {"family-momentum": draw_schedules, "family-trajectories": draw_trajectories}.items():
-            draw(panels).savefig(folder / f"{name}.svg", transparent=True)
+            draw(panels).savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
             print(folder / f"{name}.svg")
 
 

@@ -234,13 +234,12 @@ def mindspore_nadam(lr, beta1, beta2, eps, coupled_weight_decay=0.0):
 def mxnet_nadam(lr, beta1, beta2, eps, coupled_weight_decay=0.0):
     import mxnet
 
-    settings = {"beta1": beta1, "beta2": beta2, "epsilon": eps, "wd": coupled_weight_decay}
-    optimizer, tensors, states = mxnet.optimizer.Nadam(learning_rate=lr, **settings), [], []
+    settings = {"learning_rate": lr, "beta1": beta1, "beta2": beta2, "epsilon": eps, "wd": coupled_weight_decay}
+    optimizer, tensors, states = mxnet.optimizer.Nadam(**settings), [], []
 
     def update(params, grads):
-        if not tensors:
-            tensors.extend(mxnet.nd.array(param, dtype="float64") for param in params)
-            states.extend(optimizer.create_state(i, tensor) for i, tensor in enumerate(tensors))
+        tensors.extend((mxnet.nd.array(param, dtype="float64") for param in params) if not tensors else ())
+        states.extend((optimizer.create_state(i, tensor) for i, tensor in enumerate(tensors)) if not states else ())
         for i, grad in enumerate(grads):
             optimizer.update(i, tensors[i], mxnet.nd.array(grad, dtype="float64"), states[i])
         return [tensor.asnumpy() for tensor in tensors]
@@ -260,12 +259,12 @@ def numpy_nadam(lr, beta1, beta2, eps, weight_decay=0.0, *, options):
 
 
 class Row(NamedTuple):
-    """An implementation: its library (a module that has to be there), the class, and `make` for nadam.conformance."""
+    """An implementation: the module that has to be there, its name, and `make` for nadam.conformance."""
 
     library: str
     name: str
     make: Callable[..., Any]
-    member: str | None = None  # of the family, where it is ours and selected
+    member: str | None = None  # of the family, where it is ours
 
 
 PEERS = [

@@ -8,6 +8,7 @@ docs/which.md has the table, with what to make of it.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -24,7 +25,7 @@ def show(row):
         found = str(identify(row.make))
     except (TypeError, ValueError, RuntimeError) as error:
         found = f"not run: {error}"
-    version = getattr(sys.modules.get(row.library), "__version__", "")
+    version = getattr(sys.modules.get(row.library), "__version__", None) or importlib.metadata.version(row.library)
     print(f"{row.name} ({row.library} {version}): {found}", flush=True)
 
 

@@ -1,8 +1,11 @@
 """Every Nadam that is installed here is the one that docs/which.md says; and ours are all four, on every host."""
 
 import inspect
+import re
+import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -32,15 +35,22 @@ EXPECTED = {
 EXPECTED |= {row.name: (row.member, "float64", set()) for row in nadams.OURS if row.library != "keras"}
 
 
-def check(name, expected):
+@contextmanager
+def of_row(name):
+    """A row of the table, if it can run here; warnings of others are theirs."""
     row = ROWS[name]
     if row.library not in sys.modules and find_spec(row.library) is None:
         pytest.skip("not installed")
     if row.member == "adam" and "bias_correction" not in inspect.signature(nadam.Nadam).parameters:
         pytest.skip("bias_correction is not there yet")
     with warnings.catch_warnings():
-        if row.member is None:  # of others
+        if row.member is None:
             warnings.simplefilter("ignore")
+        yield row
+
+
+def check(name, expected):
+    with of_row(name) as row:
         found = identify(row.make)
     assert (found.member, found.precision, set(found.departures)) == expected
     if row.member is not None and found.precision == "float64":
@@ -60,3 +70,23 @@ def test_the_table_of_the_page_has_every_row():
 def test_a_host_that_is_another_member_is_seen():
     with pytest.raises(AssertionError):
         check("nadam.Nadam as keras", EXPECTED["nadam.Nadam as torch"])
+
+
+def example(name, *arguments):
+    """What an example prints."""
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_the_example_prints_rows():
+    lines = example("which_nadam.py", "nadam.Nadam as").splitlines()
+    assert len(lines) == len(nadams.MEMBERS)
+    assert re.fullmatch(r"nadam\.Nadam as optax \(numba [\d.]+\): optax's, within \d ulps of float64", lines[2])
+
+
+def test_the_example_draws_both_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = [Path(line) for line in example("draw_family.py", "--out", tmp_path).splitlines()]
+    assert sorted(path.name for path in drawn) == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+    for path in drawn:
+        assert path.read_text().count("AlgoPerf, timm, TensorFlow 1") >= 1

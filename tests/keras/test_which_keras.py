@@ -3,6 +3,7 @@
 import keras
 import pytest
 
+import test_published_run
 from test_which import ROWS, check
 
 BACKEND = keras.backend.backend()
@@ -21,3 +22,8 @@ if BACKEND == "tensorflow":
 @pytest.mark.parametrize("name", EXPECTED)
 def test_it_is_the_one_that_the_table_says(name):
     check(name, EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_epoch_of_the_published_run(name, monkeypatch):
+    test_published_run.check(name, EXPECTED[name][0], monkeypatch)
