@@ -65,21 +65,19 @@ def torch_nadam(
 
 
 def timm(name):
-    """Return what timm.optim has; without timm's models, which need torchvision, where that is missing."""
-    spec = importlib.util.find_spec("timm") if "timm" not in sys.modules else None
-    if spec and importlib.util.find_spec("torchvision") is None:
-        for package, folder in (("timm", ""), ("timm.optim", "optim")):
-            sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [os.path.join(spec.submodule_search_locations[0], folder)]
-    return resolve_name(f"timm.optim.{name}")
+    """Return a class of timm.optim, also where torchvision is missing, which only its models need."""
+    if "timm" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        sys.modules["timm"] = importlib.util.module_from_spec(importlib.util.find_spec("timm"))
+        sys.modules["timm.models"] = types.SimpleNamespace(group_parameters=None)
+    return resolve_name(f"timm.optim:{name}")
 
 
 def timm_nadamw(lr, beta1, beta2, eps, weight_decay=0.0):
-    return on_torch(lambda tensors: timm("nadamw:NAdamW")(tensors, lr, (beta1, beta2), eps, weight_decay))
+    return on_torch(lambda tensors: timm("NAdamW")(tensors, lr, (beta1, beta2), eps, weight_decay))
 
 
 def timm_legacy(lr, beta1, beta2, eps, coupled_weight_decay=0.0):
-    return on_torch(lambda tensors: timm("nadam:NAdamLegacy")(tensors, lr, (beta1, beta2), eps, coupled_weight_decay))
+    return on_torch(lambda tensors: timm("NAdamLegacy")(tensors, lr, (beta1, beta2), eps, coupled_weight_decay))
 
 
 def on_jax(transform):
