@@ -72,8 +72,9 @@ def timm(name):
     return resolve_name(f"timm.optim:{name}")
 
 
-def timm_nadamw(lr, beta1, beta2, eps, weight_decay=0.0):
-    return on_torch(lambda tensors: timm("NAdamW")(tensors, lr, (beta1, beta2), eps, weight_decay))
+def timm_nadamw(lr, beta1, beta2, eps, weight_decay=0.0, *, kind=None):
+    kind = timm("NAdamW") if kind is None else resolve_name(kind)
+    return on_torch(lambda tensors: kind(tensors, lr, (beta1, beta2), eps, weight_decay))
 
 
 def timm_legacy(lr, beta1, beta2, eps, coupled_weight_decay=0.0):
@@ -294,4 +295,5 @@ OURS = [
     for host, (library, make) in HOSTS.items()
     for member, options in MEMBERS.items()
 ]
+OURS.append(Row("torch", "nadam.torch.NAdamW", partial(timm_nadamw, kind="nadam.torch:NAdamW"), "adam"))
 ROWS = PEERS + OURS

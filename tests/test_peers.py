@@ -1,4 +1,4 @@
-"""The real optimizers that each member of the family stands for, in the same process; a published run of one."""
+"""The real optimizers that each member of the family stands for, in the same process."""
 
 import math
 
@@ -92,57 +92,3 @@ def test_keras(problem, settings):
     for a, b in zip(mine, theirs, strict=True):
         # The learning rate is a float32 variable there.
         np.testing.assert_allclose(a, keras.ops.convert_to_numpy(b), rtol=0, atol=3e-7)
-
-
-class QuadraticDeep:
-    """DeepOBS's problem of that name, seed 42: a quadratic of 100 dimensions with noisy minima."""
-
-    def __init__(self):
-        rng = np.random.RandomState(42)
-        curvatures = np.concatenate([rng.uniform(0, 1, 90), rng.uniform(30, 60, 10)])
-        rotation = self.rotation(rng)
-        self.hessian = rotation.T @ np.diag(curvatures) @ rotation
-        self.minima, self.tested = (np.random.RandomState(seed).normal(0, 0.6, (1000, 100)) for seed in (42, 43))
-
-    @staticmethod
-    def rotation(rng):
-        """A random one, by the subgroup algorithm of Diaconis and Shahshahani."""
-        angle = 2 * np.pi * rng.uniform()
-        made = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        for size in range(3, 101):
-            mirror = -rng.normal(size=size)
-            mirror /= np.linalg.norm(mirror)
-            mirror[0] += 1
-            mirror /= np.linalg.norm(mirror)
-            wider = np.eye(size)
-            wider[1:, 1:] = made
-            made = wider - 2 * np.outer(mirror, mirror @ wider)
-        return -made
-
-    def loss(self, params):
-        away = params - self.tested[:896]
-        return float((away @ self.hessian * away).sum(axis=1).mean() / 2)
-
-    def losses(self, epochs, **settings):
-        """Test losses before and after each epoch of 7 batches of 128, in a fixed order."""
-        params, optimizer = np.ones(100), nadam.Nadam(1e-3, **settings)
-        found = [self.loss(params)]
-        for _ in range(epochs):
-            for batch in range(7):
-                mean = self.minima[128 * batch : 128 * (batch + 1)].mean(axis=0)
-                optimizer.apply([self.hessian @ (params - mean)], [params])
-            found.append(self.loss(params))
-        return found
-
-
-def test_tensorflow_1_as_published():
-    """By Schmidt et al. (2021), Descending through a Crowded Valley; their order of batches is not known."""
-    losses = QuadraticDeep().losses(100, momentum_decay=math.inf, bias_correction="adam")
-    assert losses[0] == pytest.approx(353.446764, abs=5e-6)  # theirs is of float32
-    assert losses[1] == pytest.approx(342.6978, abs=0.05)
-    assert losses[100] == pytest.approx(106.5976, abs=0.02)
-
-
-@pytest.mark.parametrize("momentum_decay", [math.inf, 0.004, 1.0])
-def test_no_other_member_is_what_was_published(momentum_decay):
-    assert QuadraticDeep().losses(1, momentum_decay=momentum_decay)[1] > 342.6978 + 1
