@@ -1,5 +1,8 @@
 """What only the JAX backend does: the CPU's kernels inside compiled steps."""
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -30,3 +33,14 @@ def test_a_compiled_step_calls_the_kernels_and_copies_nothing(settings, kernels)
     lowered = step.lower(*state, [v.value * 2 for v in variables])
     assert all(f"nadam-{kernel}" in lowered.as_text() for kernel in kernels)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 150_000 * 4 / 8
+
+
+def test_the_loop_in_the_documentation_works_in_place():
+    page = (Path(__file__).parents[2] / "docs" / "keras.md").read_text()
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "donate_argnums" in each]
+    names = {"__name__": "documentation"}
+    exec(compile(block, "keras.md", "exec"), names)
+    state, inputs = names["state"], names["inputs"]
+    assert int(names["optimizer"].iterations) == 3
+    compiled = names["train_step"].lower(state, inputs, inputs[:, :1]).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(value.nbytes for each in state for value in each)
