@@ -20,10 +20,13 @@ OURS = {"learning_rate": "lr", "b1": "beta1", "b2": "beta2", "eps_root": "eps", 
 SPELLING = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 UPPER = {"b1": 1.0, "b2": 1.0}
 TRAINABLE = {"float16", "bfloat16", "float32", "float64"}
+COMPLEX = {"complex64", "complex128"}
 
 
 def number(name: str, value: Any) -> Any:
     """A hyperparameter by optax's name: a float where it is known, else a traced scalar, NaN where out of its range."""
+    if isinstance(value, jax.Array) and jnp.iscomplexobj(value):  # inject_hyperparams gives it the parameters' dtype
+        value = jnp.where(value.imag == 0, value.real, nan)
     if not isinstance(value, jax.core.Tracer):
         return in_range(OURS.get(name, name), as_number(name, value), name)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.number):
@@ -35,16 +38,16 @@ def number(name: str, value: Any) -> Any:
     return jnp.where(inside, wide, jnp.full_like(wide, nan))
 
 
-def check_trainable(params: Any) -> None:
-    """That all leaves of a tree are arrays of real floating-point numbers."""
+def check_trainable(params: Any, or_complex: bool = False) -> None:
+    """That all leaves of a tree are arrays of real floating-point numbers, or complex ones where these are taken."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         try:
             name = str(leaf.dtype) if hasattr(leaf, "dtype") else str(jnp.result_type(leaf))
         except TypeError:
             name = type(leaf).__name__
-        if name not in TRAINABLE:
-            where = f"params{jax.tree_util.keystr(path)}"
-            raise TypeError(f"{where}: {name}, expected float16, bfloat16, float32 or float64")
+        if name not in TRAINABLE and not (or_complex and name in COMPLEX):
+            where, allowed = f"params{jax.tree_util.keystr(path)}", "float16, bfloat16, float32 or float64"
+            raise TypeError(f"{where}: {name}, expected {allowed}{', or complex' if or_complex else ''}")
 
 
 def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[Any]) -> list[Any]:
@@ -60,9 +63,10 @@ def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[A
     return given
 
 
-def check_gradients(name: str, leaves: Sequence[Any]) -> None:
-    """That gradients are of real floating-point numbers, of whatever width."""
-    for i, leaf in enumerate(leaves):
-        dtype = dtype_of(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{name}: leaf {i} is {dtype}, expected real floating-point numbers")
+def check_floating(name: str, leaves: Sequence[Any], *state: Sequence[Any]) -> None:
+    """That leaves are of real floating-point numbers, of whatever width; or complex, where those of the state are."""
+    for i, (leaf, *kept) in enumerate(zip(leaves, *state, strict=True)):
+        dtype, real = dtype_of(leaf), not kept or any(dtype_of(each).kind != "c" for each in kept)
+        if not jnp.issubdtype(dtype, jnp.floating if real else jnp.inexact):
+            kind = "real" if real else "real or complex"
+            raise TypeError(f"{name}: leaf {i} is {dtype}, expected {kind} floating-point numbers")

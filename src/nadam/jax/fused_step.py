@@ -18,7 +18,7 @@ from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters, Now, current
 from nadam.core.step import StepReport
 from nadam.core.traced import ParamInfo, Progress, Tensor, call
-from nadam.jax.checks import SPELLING, alike, check_gradients, check_trainable, number
+from nadam.jax.checks import SPELLING, alike, check_floating, check_trainable, number
 from nadam.jax.fused_state import LAST_COUNT, LIKE_PARAMS, FusedState, check_state, new_state
 from nadam.jax.step import XP, is_traced, means
 from nadam.jax.trees import as_type, chosen, dtype_of, is_weak, layers
@@ -172,7 +172,7 @@ def fused(
         check_trainable(params)
         check_state(h, state)
         given = alike("grads", grads, "params", treedef, leaves)
-        check_gradients("grads", given)
+        check_floating("grads", given)
         trees = {name: tree for name in LIKE_PARAMS if (tree := getattr(state, name)) is not None}
         columns = {name: alike(f"state.{name}", tree, "params", treedef, leaves) for name, tree in trees.items()}
         rate = number("learning_rate", current(h.lr, state.count) if learning_rate is None else learning_rate)

@@ -11,7 +11,7 @@ import optax
 from jax import numpy as jnp
 
 from nadam.core.scalars import momentum_product
-from nadam.jax.checks import alike, check_trainable, number
+from nadam.jax.checks import alike, check_floating, check_trainable, number
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.transforms import NadamState
 
@@ -56,6 +56,7 @@ def from_optax(
     for name in ("mu", "nu"):
         kept = getattr(ours, name)
         given = alike(f"state ({name})", getattr(theirs, name), "like", treedef, jax.tree.leaves(kept))
+        check_floating(f"state ({name})", given, jax.tree.leaves(kept))
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in given):
             raise ValueError(f"state ({name}): it holds NaN or infinity")
         cast = [jnp.asarray(leaf).astype(own.dtype) for leaf, own in zip(given, jax.tree.leaves(kept), strict=True)]
@@ -95,7 +96,7 @@ def to_optax(state: Any, params: Any = None) -> Any:
     ours = _the_one(state, _OURS, "state")
     mu, nu = ours.mu, ours.nu
     if params is not None:
-        check_trainable(params)
+        check_trainable(params, or_complex=True)
         mu, nu = (jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, params) for tree in (mu, nu))
     if isinstance(ours, FusedState):
         if ours.accumulator is not None and any(bool(leaf.any()) for leaf in jax.tree.leaves(ours.accumulator)):

@@ -23,7 +23,7 @@ from nadam.core.hyperparameters import BIAS_CORRECTIONS, one_of
 from nadam.core.library import mathematics
 from nadam.core.rebind import rebind
 from nadam.core.traced import eps_in, scalar
-from nadam.jax.checks import alike, check_gradients, check_trainable, number
+from nadam.jax.checks import alike, check_floating, check_trainable, number
 from nadam.jax.step import XP
 from nadam.jax.trees import as_type, beside, chosen, compute_dtype, dtype_of, is_weak, scalar_dtype
 
@@ -59,7 +59,8 @@ def nadam(
 ) -> optax.GradientTransformationExtraArgs:
     """Nadam in the place of `optax.nadam`: the same arguments, numbers and state.
 
-    Arithmetic is in float32, float64 for float64 parameters; so are the moments, unless ``mu_dtype`` is given.
+    Arithmetic is in float32, float64 for float64 parameters; so are the moments, unless ``mu_dtype`` is given. Complex
+    parameters have a complex first moment, and a second moment of |gradient|**2.
 
     Args:
         learning_rate: A number >= 0, or a schedule: a function of the number of updates so far.
@@ -67,7 +68,7 @@ def nadam(
         b2: Decay rate of the second moment, in [0, 1).
         eps: Added outside the square root, >= 0.
         eps_root: Added inside the square root, >= 0; above 0, the update can be differentiated where gradients are 0.
-        mu_dtype: dtype of the first moments; None for that of the arithmetic.
+        mu_dtype: dtype of the first moments; None for that of the arithmetic. Those of complex parameters stay complex.
         momentum_decay: How fast the momentum warms up, >= 0: 0.004 is PyTorch's, 1 is Keras's. None or infinity, not at
             all, is optax's; the state is then optax's own, `optax.ScaleByAdamState`, and else `NadamState`.
         bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
@@ -79,7 +80,7 @@ def nadam(
     Raises:
         ValueError: A number out of its range; it is named, with what is allowed. One that is only computed within a
             compiled step, as by a schedule, makes all updates NaN instead.
-        TypeError: Parameters that are not real floating-point numbers, at ``init``.
+        TypeError: Parameters that are neither real nor complex floating-point numbers, at ``init``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -167,18 +168,20 @@ class _Scaled:
         self.momentum_decay = inf if momentum_decay is None else number("momentum_decay", momentum_decay)
         self.adam_correction = one_of(BIAS_CORRECTIONS, "bias_correction", bias_correction) == "adam"
         self.mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
-        if self.mu_dtype is not None and not jnp.issubdtype(self.mu_dtype, jnp.floating):
-            raise TypeError(f"mu_dtype={mu_dtype!r}: expected a floating-point dtype, or None")
+        if self.mu_dtype is not None and not jnp.issubdtype(self.mu_dtype, jnp.inexact):
+            raise TypeError(f"mu_dtype={mu_dtype!r}: expected a floating-point or complex dtype, or None")
         # Not known to be infinite before a program is compiled: then it may be anything.
         known = momentum_decay is None or isinstance(momentum_decay, (int, float, np.number))
         self.tracks_product = not (known and self.momentum_decay == inf)
 
     def new_state(self, params: Any) -> Any:
         """Before the first update."""
-        check_trainable(params)
+        check_trainable(params, or_complex=True)
 
         def zeros(leaf: Any, dtype: Any = None) -> Any:
-            wanted = compute_dtype(leaf) if dtype is None else dtype
+            wanted = compute_dtype(leaf)
+            if dtype is not None:  # a real dtype would lose the imaginary part, and a complex one keep nothing in it
+                wanted = np.promote_types(dtype, "complex64") if wanted.kind == "c" else jnp.finfo(dtype).dtype
             return jnp.zeros_like(leaf, dtype=None if wanted == dtype_of(leaf) else wanted)
 
         mu, nu = jax.tree.map(partial(zeros, dtype=self.mu_dtype), params), jax.tree.map(zeros, params)
@@ -215,12 +218,13 @@ class _Scaled:
         rest = [eps, root * root * eps_root, rate * scalar(XP, 0.0 if decay is None else decay, dtype)]
         return list(lax.optimization_barrier([scalar(XP, value, dtype) for value in (*c[:-1], *rest)])), product
 
-    @property
-    def rule(self) -> Callable[[Any], Callable[..., Any]]:
-        """What gives the rule, of the number that is added inside its square root."""
+    def rule(self, offset: Any, exp_avg_sq: Any = None) -> Callable[..., Any]:
+        """The rule with a number added inside its square root, which may be that of a given second moment."""
+        if exp_avg_sq is not None:
+            return rebind(rule.update, sqrt=lambda _: jnp.sqrt(exp_avg_sq + offset))
         if isinstance(self.eps_root, float) and not self.eps_root:
-            return lambda _: mathematics(XP).update
-        return lambda offset: rebind(rule.update, sqrt=lambda value: jnp.sqrt(value + offset))
+            return mathematics(XP).update
+        return rebind(rule.update, sqrt=lambda value: jnp.sqrt(value + offset))
 
 
 def _transformation(
@@ -241,9 +245,9 @@ def _transformation(
         if decay is not None and params is None:
             raise ValueError("params: weight decay needs them: update(updates, state, params)")
         grads, treedef = jax.tree.flatten(updates)
-        check_gradients("updates", grads)
         mus = alike("the optimizer's state (mu)", moments.mu, "updates", treedef, grads)
         nus = alike("the optimizer's state (nu)", moments.nu, "updates", treedef, grads)
+        check_floating("updates", grads, mus, nus)
         owned = [None] * len(grads) if params is None else alike("params", params, "updates", treedef, grads)
         decays = [False] * len(grads) if decay is None else chosen(mask, params, treedef)
         weight = None if decay is None else decay.at(counts[0], moments.count)
@@ -276,15 +280,32 @@ def _checked(state: Any, tracks_product: bool, others: int) -> Any:
 def _leaf(
     scaled: _Scaled, values: Sequence[Any], grad: Any, mu: Any, nu: Any, param: Any, decays: bool
 ) -> tuple[Any, Any, Any]:
-    """One parameter's update and new moments."""
-    own = dtype_of(nu).name
+    """One parameter's update and new moments.
+
+    A complex one is two real ones with a common second moment. The averages of their squares begin with its two parts,
+    of which the imaginary one is 0; the sum of both is that of |gradient|**2.
+    """
+    whole, is_complex = dtype_of(nu), dtype_of(nu).kind == "c"
+    own = np.dtype(jnp.finfo(whole).dtype).name
     *scalars, eps, offset, decay = values
     *scalars, offset, decay = (value.astype(own) for value in (*scalars, eps_in(XP, eps, own), offset, decay))
-    update, new_mu, new_nu = scaled.rule(offset)(0.0, XP.cast(grad, own), XP.cast(mu, own), nu, 0.0, *scalars)
-    if decays:
-        update = mathematics(XP).coupled(update, XP.cast(param, own), -decay)
+    leaves = [XP.cast(leaf, whole.name) for leaf in ((grad, mu, nu, param) if decays else (grad, mu, nu))]
+
+    def advanced(update_rule: Callable[..., Any], grad: Any, mu: Any, nu: Any, *param: Any) -> tuple[Any, Any, Any]:
+        update, mu, nu = update_rule(0.0, grad, mu, nu, 0.0, *scalars)
+        return mathematics(XP).coupled(update, *param, -decay) if decays else update, mu, nu
+
+    if is_complex:
+        parts = [leaf.real for leaf in leaves], [leaf.imag for leaf in leaves]
+        real, imag = (advanced(scaled.rule(offset), *part)[2] for part in parts)
+        new_nu = real + imag
+        update, new_mu, _ = map(lax.complex, *(advanced(scaled.rule(offset, new_nu), *part) for part in parts))
+    else:
+        update, new_mu, new_nu = advanced(scaled.rule(offset), *leaves)
     given = [grad] if param is None else [grad, param]
     dtype = dtype_of(grad) if param is None else np.promote_types(dtype_of(grad), dtype_of(param))
+    if is_complex:
+        dtype = np.promote_types(dtype, "complex64")  # of a real gradient, without params
     weak = all(is_weak(leaf) for leaf in given)
     return (
         as_type(update, dtype, weak),

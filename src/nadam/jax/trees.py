@@ -55,7 +55,7 @@ def layers(params: Any) -> list[int]:
 
 def is_weak(leaf: Any) -> bool:
     """Whether a leaf stands for a Python number, whose dtype gives way to others."""
-    return isinstance(leaf, (int, float)) or bool(getattr(leaf, "weak_type", False))
+    return isinstance(leaf, (int, float, complex)) or bool(getattr(leaf, "weak_type", False))
 
 
 def as_type(value: Any, dtype: Any, weak: bool) -> Any:
