@@ -58,6 +58,7 @@ types: $(VENV)/.extra-lint  ## check types, strictly
 	$(BIN)/mypy
 
 bench: $(VENV)/.extra-bench $(VENV)/.extra-test  ## time steps inside training loops, then by themselves, against every peer
+	$(BIN)/python -m benchmarks.loops_numpy $(LOOPS)
 	$(BIN)/python -m benchmarks.loops_torch $(LOOPS)
 	$(BIN)/python -m benchmarks.loops_jax $(LOOPS)
 	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python -m benchmarks.loops_keras $(LOOPS); done

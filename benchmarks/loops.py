@@ -1,9 +1,9 @@
-"""Real models for the training loops that `loops_torch`, `loops_jax` and `loops_keras` time: their sizes, and how."""
+"""Real models for the training loops that `loops_*` time: their sizes, and how."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -41,13 +41,14 @@ def report(
     loops: Callable[[str, str], Mapping[str, Sample]],
     wanted: Mapping[tuple[str, str], Mapping[str, float]],
     less: str | None = None,
+    models: Sequence[str] = MODELS,
 ) -> None:
     """Time every model and kind, and print a row for each peer.
 
     ``wanted`` are ratios of theirs to ours by model and kind; ``less`` is a loop whose time is taken from the others'.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=what)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="only these")
+    parser.add_argument("--model", nargs="+", choices=models, default=models, help="only these")
     parser.add_argument("--rounds", type=int, default=12, help="rounds, each a sample of every loop")
     parser.add_argument("--steps", type=int, default=6, help="training steps of a loop in a round")
     args = parser.parse_args()
