@@ -2,7 +2,8 @@
 
 The main job in Keras: `fit()` with a warm-up and cosine schedule, gradients accumulated over two batches, decoupled
 weight decay, and a moving average of the weights, which `fit()` puts in place when it is done. Half-way the model is
-saved. From that file a second model trains the other half, and ends where the first one ended without a break.
+saved. From that file a second model trains the other half, and ends where the first one ended without a break. The
+losses of both are drawn, beside the model.
 
     python examples/keras_mnist.py
     KERAS_BACKEND=jax python examples/keras_mnist.py --epochs 10 --seed 1 --out digits.keras
@@ -14,6 +15,7 @@ import argparse
 import os
 import sys
 from math import isqrt
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 from digits import load_digits
 from keras import layers
+from matplotlib.figure import Figure
 
 import nadam.keras
 
@@ -106,6 +109,19 @@ def state_of(model):
     return [keras.ops.convert_to_numpy(variable) for variable in [*model.variables, *model.optimizer.variables]]
 
 
+def draw(whole, resumed, path):
+    """Draw loss and accuracy of each epoch, of the run without a break and of the one that goes on half-way."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((name, "training"), (f"val_{name}", "held out")):
+            axes.plot([epoch + 1 for epoch in whole.epoch], whole.history[key], label=label)
+            epochs = [epoch + 1 for epoch in resumed.epoch]
+            axes.plot(epochs, resumed.history[key], "ko", fillstyle="none", label=f"{label}, resumed")
+        axes.set(title=name, xlabel="epoch", xticks=[epoch + 1 for epoch in whole.epoch])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def accuracy(model, images, labels):
     return model.evaluate(images, labels, verbose=0, return_dict=True)["accuracy"]
 
@@ -115,14 +131,17 @@ def main():
     parser.add_argument("--epochs", type=int, default=4, help="passes over the digits (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=50, help="images in a batch (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default %(default)s)")
-    parser.add_argument("--out", default="keras_mnist.keras", help="model to write (default %(default)s)")
+    parser.add_argument(
+        "--out", default="keras_mnist.keras", help="model to write; the picture has its name (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: expected at least 2, to stop half-way")
     if not args.out.endswith(".keras"):
         parser.error(f"--out {args.out}: expected a name that ends in .keras")
 
-    print(f"Keras {keras.__version__} on {keras.config.backend()}")
+    seconds = 10 + 8 * args.epochs
+    print(f"Keras {keras.__version__} on {keras.config.backend()}: about {seconds} seconds on two cores")
     images, labels, *held_out = digits(args.seed)
     if not 1 <= args.batch_size <= len(images):
         parser.error(f"--batch-size {args.batch_size}: expected 1 to {len(images)}")
@@ -140,11 +159,11 @@ def main():
     keras.utils.set_random_seed(args.seed)
     model = make_model(images.shape[1:])
     compile_model(model, make_optimizer(args.epochs * len(batches)))
-    model.fit(batches, **settings)
+    history = model.fit(batches, **settings)
 
     print(f"\n{args.out}, saved after epoch {half}, resumed")
     resumed = keras.saving.load_model(args.out)
-    resumed.fit(batches, initial_epoch=half, **settings)
+    history_resumed = resumed.fit(batches, initial_epoch=half, **settings)
 
     same = all(np.array_equal(a, b) for a, b in zip(state_of(model), state_of(resumed), strict=True))
     print(f"\nheld-out accuracy, averaged weights: {accuracy(model, *held_out):.1%}")
@@ -152,7 +171,9 @@ def main():
     print(f"the two models and their optimizers are {'equal, bit for bit' if same else 'not equal'}")
 
     resumed.save(args.out)
-    print(f"model: {args.out}")
+    picture = Path(args.out).with_suffix(".png")
+    draw(history, history_resumed, picture)
+    print(f"model: {args.out}, curves: {picture}")
 
 
 if __name__ == "__main__":

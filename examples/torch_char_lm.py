@@ -2,7 +2,8 @@
 
 The text is Python's own help, which comes with Python. The program shows clipping by the norm of all gradients,
 decoupled weight decay that leaves biases and norms out, a warm-up and cosine schedule, a moving average of the
-weights, and checkpoints from which a killed run goes on, to end with the same weights bit for bit.
+weights, and checkpoints from which a killed run goes on, to end with the same weights bit for bit. Then
+torch.optim.NAdam trains the same model on the same batches, and the picture has the losses of both.
 
     python examples/torch_char_lm.py
     python examples/torch_char_lm.py --steps 2000 --seed 1 --checkpoint run.pt   # kill it, and start it again
@@ -97,11 +98,37 @@ def sample(model: nn.Module, code: int, length: int, seed: int) -> list[int]:
     return codes
 
 
-def make_optimizer(model: nn.Module) -> NAdam:
+def make_groups(model: nn.Module) -> list[dict[str, Any]]:
     matrices = [param for param in model.parameters() if param.ndim >= 2]
     others = [param for param in model.parameters() if param.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module) -> NAdam:
+    groups = make_groups(model)
     return NAdam(groups, decoupled_weight_decay=True, global_clipnorm=1.0, use_ema=True, ema_momentum=0.98)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> OneCycleLR:
+    return OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False)
+
+
+def losses_of_stock(vocabulary: int, codes: Tensor, steps: int, seed: int) -> list[float]:
+    """Train another time with torch.optim.NAdam, whose clipping is a call of its own and which keeps no averages."""
+    torch.manual_seed(seed)
+    model = Transformer(vocabulary)
+    optimizer = torch.optim.NAdam(make_groups(model), decoupled_weight_decay=True)
+    schedule = make_schedule(optimizer, steps)
+    losses = []
+    for step in tqdm(range(steps), "torch.optim.NAdam", unit="step", ncols=100):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch_at(codes, seed, step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -111,11 +138,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def draw(losses: list[float], measured: list[tuple[int, float, float]], path: str) -> None:
-    """Draw the loss of each batch, and the validation loss with and without averaging."""
+def draw(losses: list[float], stock: list[float], measured: list[tuple[int, float, float]], path: str) -> None:
+    """Draw the loss of each batch, ours and stock, and the validation loss with and without averaging."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, alpha=0.4, label="batch")
+    every = range(1, len(losses) + 1)
+    axes.plot(every, losses, linewidth=5, alpha=0.4, label="batch, nadam.torch.NAdam")
+    axes.plot(every, stock, linewidth=1, color="black", label="batch, torch.optim.NAdam")
     steps, plain, averaged = zip(*measured, strict=True)
     axes.plot(steps, plain, marker=".", label="validation")
     axes.plot(steps, averaged, marker=".", label="validation, averaged weights")
@@ -126,8 +155,8 @@ def draw(losses: list[float], measured: list[tuple[int, float, float]], path: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the whole run (default %(default)s)")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the whole run (default %(default)s)")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="file to save to and to go on from (default none)")
     parser.add_argument("--out", default="torch_char_lm.png", help="picture to draw (default %(default)s)")
@@ -140,12 +169,13 @@ def main() -> None:
     vocabulary = sorted(set(text))
     code_of = {character: code for code, character in enumerate(vocabulary)}
     train, validation = torch.tensor([code_of[character] for character in text]).tensor_split([len(text) * 9 // 10])
+    print(f"twice {args.steps} steps: about {10 + args.steps // 5} seconds on two cores")
     print(f"{len(train)} characters to train on, {len(validation)} held out, {len(vocabulary)} different ones")
 
     torch.manual_seed(args.seed)
     model = Transformer(len(vocabulary))
     optimizer = make_optimizer(model)
-    schedule = OneCycleLR(optimizer, PEAK_LEARNING_RATE, args.steps, pct_start=0.1, cycle_momentum=False)
+    schedule = make_schedule(optimizer, args.steps)
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
     run = {"steps": args.steps, "seed": args.seed, "text": crc32(text.encode())}
     losses, measured = [], []  # of each step; of each checkpoint, as (step, validation loss, that of the averages)
@@ -160,7 +190,14 @@ def main() -> None:
         losses, measured = found["losses"], found["measured"]
         print(f"{args.checkpoint}: goes on from step {len(losses)}")
 
-    with tqdm(range(len(losses), args.steps), initial=len(losses), total=args.steps, unit="step", ncols=100) as bar:
+    with tqdm(
+        range(len(losses), args.steps),
+        "nadam.torch.NAdam",
+        initial=len(losses),
+        total=args.steps,
+        unit="step",
+        ncols=100,
+    ) as bar:
         for step in bar:
             optimizer.zero_grad()
             loss = loss_of(model, batch_at(train, args.seed, step))
@@ -184,8 +221,13 @@ def main() -> None:
         print(f"averaged weights        {evaluate(model, train):5.3f}  {measured[-1][2]:10.3f}")
         written = sample(model, code_of["\n"], 300, args.seed)
     print("\n" + "".join(vocabulary[code] for code in written).strip())
-    draw(losses, measured, args.out)
-    print(f"\nloss curve: {args.out}")
+    print()
+    stock = losses_of_stock(len(vocabulary), train, args.steps, args.seed)
+    last = min(len(losses), 20)
+    ours, theirs = sum(losses[-last:]) / last, sum(stock[-last:]) / last
+    print(f"loss of the last {last} batches: {ours:.3f}, with torch.optim.NAdam {theirs:.3f}")
+    draw(losses, stock, measured, args.out)
+    print(f"loss curves: {args.out}")
 
 
 if __name__ == "__main__":

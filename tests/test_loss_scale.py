@@ -2,7 +2,6 @@
 
 import json
 
-import keras
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from cases import same_bits
 
 
 def test_beside_keras():
+    keras = pytest.importorskip("keras")
     rng = np.random.default_rng(0)
     start = rng.standard_normal(10).astype(np.float32)
     mine, theirs = start.copy(), keras.Variable(start)

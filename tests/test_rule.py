@@ -2,12 +2,11 @@
 
 import math
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numba import njit
 
-from cases import apart
+from cases import BFLOAT16, apart
 from nadam.core import element, gradient, rule
 from nadam.core.dtypes import SMALLEST_NORMAL
 from nadam.core.library import mathematics
@@ -96,7 +95,7 @@ def test_momentum_warms_up_to_beta1():
     assert momentum(0.9, 0.0, 10**9) == 0.45
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", BFLOAT16), ("float16", np.float16)])
 def test_half_precision_is_widened_and_rounded_exactly(name, dtype):
     @njit
     def each(function, values, out):

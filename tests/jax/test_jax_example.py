@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-for module in ("equinox", "sklearn", "tqdm"):
+for module in ("equinox", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module)
 ocp = pytest.importorskip("orbax.checkpoint")
 
@@ -40,8 +40,14 @@ def test_it_learns_and_resumes_bit_for_bit(ran):
     assert min(accuracies[2], averaged[2]) > 75
     assert rows[1:3] == rows[3:]
     assert "the two runs are equal, bit for bit, in weights and state" in done.stdout
+    assert re.match(r"JAX \S+ on \w+: about \d+ seconds", done.stdout)
     assert f"epoch {EPOCHS}" in done.stderr  # the progress
     assert "onated" not in done.stderr  # JAX warns of buffers that it could not use
+
+
+def test_the_curves_are_drawn(ran):
+    folder, _ = ran
+    assert folder.with_name(f"{folder.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_checkpoint_is_of_the_whole_run(ran):

@@ -63,7 +63,16 @@ def test_loss_falls_and_the_curve_is_drawn(unbroken):
     rows = re.findall(r"^(?:averaged )?weights +(\d+\.\d+) +(\d+\.\d+)$", text, re.MULTILINE)
     assert len(rows) == 2
     assert all(float(value) < losses[0] for row in rows for value in row)
+    assert re.search(r"^twice 20 steps: about \d+ seconds", text)
     assert (folder / "unbroken.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_loss_is_that_of_stock(unbroken):
+    _, text = unbroken
+    ours, theirs = map(
+        float, re.search(r"^loss of the last \d+ batches: (\S+), with torch.*? (\S+)$", text, re.M).groups()
+    )
+    assert abs(ours - theirs) < 0.02  # 1e-6 in clip_grad_norm_, and what training makes of it
 
 
 def equal(one, other):
