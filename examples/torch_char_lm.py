@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from nadam.torch import NAdam
+from nadam.torch import NAdam, param_groups
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 96, 4, 96, 24
 PEAK_LEARNING_RATE = 4e-3
@@ -98,14 +98,8 @@ def sample(model: nn.Module, code: int, length: int, seed: int) -> list[int]:
     return codes
 
 
-def make_groups(model: nn.Module) -> list[dict[str, Any]]:
-    matrices = [param for param in model.parameters() if param.ndim >= 2]
-    others = [param for param in model.parameters() if param.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-
-
 def make_optimizer(model: nn.Module) -> NAdam:
-    groups = make_groups(model)
+    groups = param_groups(model, weight_decay=0.1)
     return NAdam(groups, decoupled_weight_decay=True, global_clipnorm=1.0, use_ema=True, ema_momentum=0.98)
 
 
@@ -117,7 +111,7 @@ def losses_of_stock(vocabulary: int, codes: Tensor, steps: int, seed: int) -> li
     """Train another time with torch.optim.NAdam, whose clipping is a call of its own and which keeps no averages."""
     torch.manual_seed(seed)
     model = Transformer(vocabulary)
-    optimizer = torch.optim.NAdam(make_groups(model), decoupled_weight_decay=True)
+    optimizer = torch.optim.NAdam(param_groups(model, weight_decay=0.1), decoupled_weight_decay=True)
     schedule = make_schedule(optimizer, steps)
     losses = []
     for step in tqdm(range(steps), "torch.optim.NAdam", unit="step", ncols=100):

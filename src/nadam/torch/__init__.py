@@ -1,4 +1,4 @@
-"""Nadam for PyTorch: `NAdam`, in the place of `torch.optim.NAdam`, and `NAdamW`, in that of timm's."""
+"""Nadam for PyTorch: `NAdam`, in the place of `torch.optim.NAdam`, `NAdamW`, in that of timm's, and `param_groups`."""
 
 try:
     import torch  # noqa: F401
@@ -6,7 +6,8 @@ except ImportError as error:  # pragma: no cover
     raise ImportError('nadam.torch needs PyTorch: pip install "nadam[torch]"') from error
 
 from nadam.core.step import StepReport
+from nadam.torch.groups import param_groups
 from nadam.torch.nadamw import NAdamW
 from nadam.torch.optimizer import NAdam
 
-__all__ = ["NAdam", "NAdamW", "StepReport"]
+__all__ = ["NAdam", "NAdamW", "StepReport", "param_groups"]
