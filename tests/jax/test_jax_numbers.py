@@ -53,6 +53,8 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_200_steps_as_optax(name):
     """Apart since optax multiplies by b2 as float32 has it, which is 1.3e-8 too much, 200 times; and by roundings."""
+    if name == "decay by schedule":
+        pytest.importorskip("optax", minversion="0.2.6")
     make, peer, settings = PAIRS[name]
     (ours, state), (theirs, stock) = train(make(**settings), 200), train(peer(**settings), 200)
     assert jax.tree.structure(state) == jax.tree.structure(stock)
