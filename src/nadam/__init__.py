@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nadam import checkpoint
+    from nadam import checkpoint, conformance, jax, keras, torch  # noqa: F401
     from nadam.core import schedules
     from nadam.kernels.cpu.threads import get_num_threads, set_num_threads
     from nadam.numpy import LossScaleOptimizer, Nadam, StepReport
@@ -33,18 +33,23 @@ _HOMES = {
     "get_num_threads": "nadam.kernels.cpu.threads",
     "set_num_threads": "nadam.kernels.cpu.threads",
 }
-_MODULES = {"checkpoint": "nadam.checkpoint", "schedules": "nadam.core.schedules"}
+# Those of frameworks are in no listing, or whoever goes through it would import them.
+_MODULES = {
+    "schedules": "nadam.core.schedules",
+    **{name: f"nadam.{name}" for name in ("checkpoint", "conformance", "jax", "keras", "torch")},
+}
 
+if not TYPE_CHECKING:  # to which any name would be right then
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = import_module(_MODULES[name])
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    else:
-        raise AttributeError(f"module 'nadam' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            value = import_module(_MODULES[name])
+        elif name in _HOMES:
+            value = getattr(import_module(_HOMES[name]), name)
+        else:
+            raise AttributeError(f"module 'nadam' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

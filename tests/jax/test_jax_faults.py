@@ -340,3 +340,40 @@ print(json.dumps([int(state.count), bool(jnp.isfinite(params["w"]).all())]))
     count, finite = json.loads(out)
     assert count >= 0
     assert finite
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("name", "meant"), [
+    ("betas", "b1, b2"), ("beta_1", "b1"), ("lr", "learning_rate"), ("epsilon", "eps"), ("psi", "momentum_decay"),
+    ("bias_corection", "bias_correction"),
+])  # fmt: skip
+def test_an_unknown_argument_names_the_one_that_is_meant(make, name, meant):
+    message = rf"^{make.__name__}\(\) got an unexpected keyword argument '{name}': did you mean {meant}\?$"
+    with pytest.raises(TypeError, match=message):
+        make(0.1, **{name: 1})
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("value", [True, np.True_, jnp.array(True)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "eps", "momentum_decay", "weight_decay"])
+def test_a_bool_for_a_number(make, name, value):
+    if make is nadam and name == "weight_decay":
+        return
+    with pytest.raises(TypeError, match=f"^{name}=.*True.*: expected a number"):
+        make(**{"learning_rate": 0.1, name: value})
+
+
+class Model:
+    """What Flax and Equinox have: it is called with inputs."""
+
+    def __call__(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("params", [Model(), {"layer": {"activation": jax.nn.relu}}], ids=["model", "function within"])
+def test_a_model_for_its_parameters(make, params):
+    with pytest.raises(
+        TypeError, match=r"^params.*; of a model give its arrays: model.init\(\.\.\.\) of Flax, nnx.state"
+    ):
+        make(0.1).init(params)

@@ -336,3 +336,52 @@ def test_a_call_that_fails_overwrites_nothing(fault):
     grads = [first[:1] if fault == "its own shape" else first, second, keras.ops.ones(2)]
     with unchanged(optimizer, variables), pytest.raises((TypeError, ValueError), match=r"grads|learning_rate|shape"):
         optimizer.apply(grads, variables)
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("betas", "beta_1, beta_2"), ("lr", "learning_rate"), ("eps", "epsilon"), ("b1", "beta_1"),
+    ("learning_rat", "learning_rate"), ("psi", "momentum_decay"),
+])  # fmt: skip
+def test_an_unknown_argument_names_the_one_that_is_meant(name, meant):
+    with pytest.raises(ValueError, match=rf"^{name}=1: not an argument of Nadam: did you mean {meant}\?$"):
+        nadam.keras.Nadam(**{name: 1})
+    config = {**nadam.keras.Nadam().get_config(), name: 1}
+    with pytest.raises(ValueError, match=f"^{name}=1: not an argument"):
+        nadam.keras.Nadam.from_config(config)
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("betas", "beta_1, beta_2"), ("lr", "learning_rate"), ("eps", "epsilon"), ("beta1", "beta_1"), ("b2", "beta_2"),
+])  # fmt: skip
+def test_an_attribute_by_another_hosts_name(trained, name, meant):
+    optimizer = trained[0]
+    for value in (0.1, keras.Variable(0.1, trainable=False)):
+        with unchanged(*trained), pytest.raises(AttributeError, match=rf"^{name}=.* of Nadam: did you mean {meant}\?$"):
+            setattr(optimizer, name, value)
+    assert not hasattr(optimizer, name)
+    nadam.keras.Nadam().note = "what else is set is Keras's affair"
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(False)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["learning_rate", "beta_1", "epsilon", "weight_decay", "clipnorm"])
+def test_a_bool_for_a_number(trained, name, value):
+    message = f"^{name}=.*{bool(value)}.*: expected a number"
+    with pytest.raises(TypeError, match=message):
+        nadam.keras.Nadam(**{name: value})
+    with unchanged(*trained), pytest.raises(TypeError, match=message):
+        setattr(trained[0], name, value)
+    with pytest.raises(TypeError, match=f"^{name}="):
+        nadam.keras.Nadam(**{name: keras.ops.convert_to_tensor(value)})
+
+
+@pytest.mark.parametrize(("kind", "given"), [("var_names", ["bias", "norm"]), ("var_list", variables_of([(2,)]))])
+def test_an_exclusion_that_fits_nothing(kind, given):
+    optimizer, variables = nadam.keras.Nadam(weight_decay=0.1), variables_of()
+    optimizer.exclude_from_weight_decay(**{kind: given})
+    named = given if kind == "var_names" else [given[0].path]
+    message = f"{kind}={named}: not among the variables {[v.path for v in variables]}"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        optimizer.build(variables)
+    part = nadam.keras.Nadam(weight_decay=0.1)
+    part.exclude_from_weight_decay(**{kind: [*given, variables[0].path if kind == "var_names" else variables[0]]})
+    part.build(variables)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from nadam.core import schedules
 from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.names import did_you_mean, refuse
 from nadam.core.schedules import known_schedules
 
 # What Keras calls the hyperparameters that have another name in `core`.
@@ -22,8 +23,6 @@ FIELDS = tuple(field.name for field in fields(Hyperparameters) if field.compare 
 
 def hyperparameters(given: Mapping[str, Any], spelling: Mapping[str, str] = SPELLING) -> Hyperparameters:
     """The hyperparameters among the arguments of a constructor, as its ``locals()`` has them."""
-    if given.get("kwargs"):
-        raise ValueError(f"{next(iter(given['kwargs']))}: not an argument of {type(given['self']).__name__}")
     names = {field: spelling.get(field, field) for field in FIELDS}
     return Hyperparameters(**{field: given[name] for field, name in names.items() if name in given}, spelling=spelling)
 
@@ -103,6 +102,11 @@ class Configured:
         shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in FIELDS)
         return f"{type(self).__name__}({', '.join(shown)})"
 
+
+# Other hosts' names, which nothing here would read.
+_MISTAKEN = ("lr", "betas", "beta1", "beta2", "b1", "b2", "eps", "wd", "psi")
+_KNOWN = ("learning_rate", *vars(Configured))
+refuse(Configured, _MISTAKEN, lambda name: did_you_mean(name, _KNOWN).removeprefix(": "))
 
 FUNCTION = "function"
 # Where Keras says that its own schedules live; the classes of those names here take the same configs.

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from nadam.core.element import Flags
 from nadam.core.gradient import Check
@@ -28,7 +28,8 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "momentum_decay": ("{} >= 0", lambda x: x >= 0),
 }
 OPTIONAL = {"weight_decay", "clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"}
-BIAS_CORRECTIONS = ("nadam", "adam")
+BiasCorrection = Literal["nadam", "adam"]
+BIAS_CORRECTIONS = get_args(BiasCorrection)
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -192,7 +193,8 @@ def as_number(name: str, value: Any) -> float:
         >>> as_number("lr", 1)
         1.0
     """
-    if not isinstance(value, (str, bytes, complex)) and getattr(value, "shape", ()) == ():
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if not (is_bool or isinstance(value, (str, bytes, complex))) and getattr(value, "shape", ()) == ():
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):

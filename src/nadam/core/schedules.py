@@ -231,10 +231,10 @@ class CosineDecay(_Configured):
         decay_steps: Steps from the peak to the end, not counting the warm-up, > 0; lr stays there afterwards.
         alpha: Learning rate at the end, as a fraction of the peak.
         warmup_target: The peak. None: no warm-up, the peak is initial_learning_rate at step 0.
-        warmup_steps: Steps to the peak, >= 0; 0 starts at it. Unused when warmup_target is None.
+        warmup_steps: Steps to the peak, >= 0; 0 starts at it. Above 0 only with a warmup_target.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or there are warmup_steps and no warmup_target.
 
     Example:
         >>> schedule = CosineDecay(0.0, decay_steps=100, alpha=0.25, warmup_target=0.4, warmup_steps=10)
@@ -251,6 +251,11 @@ class CosineDecay(_Configured):
     name: str | None = "CosineDecay"
     warmup_target: float | None = None
     warmup_steps: float = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_target is None and self.warmup_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps!r}: expected a warmup_target, the peak, with it")
 
     def _rate(self, step: float) -> float:
         start, peak, done = self.initial_learning_rate, self.warmup_target, step
@@ -343,7 +348,7 @@ def _number(name: str, value: Any) -> float:
     """Return value as a plain int or float (NumPy's are not JSON), or say what is wrong with it."""
     try:
         number = int(value) if isinstance(value, Integral) else float(value)
-        finite = math.isfinite(number) and not isinstance(value, (str, bytes))
+        finite = math.isfinite(number) and not isinstance(value, (str, bytes, bool))
     except (TypeError, ValueError, OverflowError):
         finite = False
     if not finite:

@@ -22,15 +22,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nadam.jax' has no attribute {name!r}")
-    try:
-        value = getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        raise ImportError('nadam.jax needs JAX and optax: pip install "nadam[jax]"') from error
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to which any name would be right then
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'nadam.jax' has no attribute {name!r}")
+        try:
+            value = getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError('nadam.jax needs JAX and optax: pip install "nadam[jax]"') from error
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

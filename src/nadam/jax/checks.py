@@ -21,6 +21,11 @@ SPELLING = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 UPPER = {"b1": 1.0, "b2": 1.0}
 TRAINABLE = {"float16", "bfloat16", "float32", "float64"}
 COMPLEX = {"complex64", "complex128"}
+# What is added where a function or a model, which is one too, is among parameters.
+_MODEL = (
+    "; of a model give its arrays: model.init(...) of Flax, nnx.state(model, nnx.Param), "
+    "eqx.filter(model, eqx.is_inexact_array) of Equinox"
+)
 
 
 def number(name: str, value: Any) -> Any:
@@ -47,7 +52,9 @@ def check_trainable(params: Any, or_complex: bool = False) -> None:
             name = type(leaf).__name__
         if name not in TRAINABLE and not (or_complex and name in COMPLEX):
             where, allowed = f"params{jax.tree_util.keystr(path)}", "float16, bfloat16, float32 or float64"
-            raise TypeError(f"{where}: {name}, expected {allowed}{', or complex' if or_complex else ''}")
+            raise TypeError(
+                f"{where}: {name}, expected {allowed}{', or complex' if or_complex else ''}{_MODEL * callable(leaf)}"
+            )
 
 
 def alike(name: str, tree: Any, reference: str, treedef: Any, leaves: Sequence[Any]) -> list[Any]:

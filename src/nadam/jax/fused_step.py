@@ -13,9 +13,11 @@ import jax
 import optax
 from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 
 from nadam.core.config import hyperparameters
-from nadam.core.hyperparameters import Hyperparameters, Now, current
+from nadam.core.hyperparameters import BiasCorrection, Hyperparameters, Now, current
+from nadam.core.names import known_arguments
 from nadam.core.step import StepReport
 from nadam.core.traced import ParamInfo, Progress, Tensor, call
 from nadam.jax.checks import SPELLING, alike, check_floating, check_trainable, number
@@ -86,14 +88,15 @@ class Fused(NamedTuple):
         return optax.GradientTransformationExtraArgs(self.init, update)
 
 
+@known_arguments()
 def fused(
-    learning_rate: Any,
+    learning_rate: ArrayLike | Callable[..., Any],
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
     momentum_decay: float | None = None,
-    bias_correction: str = "nadam",
+    bias_correction: BiasCorrection = "nadam",
     weight_decay: float | None = None,
     mask: Any = None,
     clipnorm: float | None = None,

@@ -16,11 +16,13 @@ import numpy as np
 import optax
 from jax import lax
 from jax import numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from nadam.core import rule
 from nadam.core.dtypes import SMALLEST_NORMAL
-from nadam.core.hyperparameters import BIAS_CORRECTIONS, one_of
+from nadam.core.hyperparameters import BIAS_CORRECTIONS, BiasCorrection, one_of
 from nadam.core.library import mathematics
+from nadam.core.names import known_arguments
 from nadam.core.rebind import rebind
 from nadam.core.traced import eps_in, scalar
 from nadam.jax.checks import alike, check_floating, check_trainable, number
@@ -46,16 +48,17 @@ class NadamState(NamedTuple):
     mu_product: Any
 
 
+@known_arguments()
 def nadam(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    learning_rate: ArrayLike | Schedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
-    momentum_decay: Any = None,
-    bias_correction: str = "nadam",
+    momentum_decay: ArrayLike | None = None,
+    bias_correction: BiasCorrection = "nadam",
 ) -> optax.GradientTransformationExtraArgs:
     """Nadam in the place of `optax.nadam`: the same arguments, numbers and state.
 
@@ -98,18 +101,19 @@ def nadam(
     return _transformation(scaled, _Rate("learning_rate", learning_rate), None, None)
 
 
+@known_arguments()
 def nadamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
+    learning_rate: ArrayLike | Schedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ArrayLike | Schedule = 1e-4,
     mask: Any = None,
     *,
-    momentum_decay: Any = None,
-    bias_correction: str = "nadam",
+    momentum_decay: ArrayLike | None = None,
+    bias_correction: BiasCorrection = "nadam",
 ) -> optax.GradientTransformationExtraArgs:
     """`nadam` with decoupled weight decay, in the place of `optax.nadamw`.
 

@@ -10,7 +10,8 @@ from keras import saving
 
 from nadam.core.config import FIELDS, SPELLING, Configured, hyperparameters
 from nadam.core.dtypes import COMPUTE_DTYPE
-from nadam.core.hyperparameters import Hyperparameters, Now, current
+from nadam.core.hyperparameters import BiasCorrection, Hyperparameters, Now, current
+from nadam.core.names import known_arguments
 from nadam.core.step import StepReport
 from nadam.keras import calls, slots, state
 from nadam.keras.backends import Runtime, backend
@@ -56,11 +57,11 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
-        **kwargs: None is known.
 
     Raises:
         ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
         TypeError: A value that is not a number.
+        AttributeError: Setting what other hosts call one of these, as ``lr``.
 
     Example:
         >>> import keras
@@ -71,6 +72,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
 
+    @known_arguments(ValueError)
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -89,9 +91,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         name: str = "nadam",
         *,
         momentum_decay: float = 1.0,
-        bias_correction: str = "nadam",
+        bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
-        **kwargs: Any,
     ) -> None:
         hyper = hyperparameters({name: plain(value) for name, value in locals().items()})
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
@@ -167,6 +168,9 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         Raises:
             TypeError: A variable of another dtype.
             ValueError: The same variable twice; state that was loaded before and is not that of these variables.
+
+        Warns:
+            UserWarning: Patterns or variables of `exclude_from_weight_decay` fit none of them.
         """
         if getattr(self, "built", False):
             return

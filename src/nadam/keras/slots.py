@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,17 @@ class Exclusion:
             return False
         return not any(re.search(pattern, path_of(variable)) for pattern in self.patterns)
 
+    def warn_of_unused(self, variables: list[Variable], key_of: Callable[[Variable], Any]) -> None:
+        """Warn where patterns or variables exclude nothing: what was meant would decay all the same."""
+        paths, known = list(map(path_of, variables)), set(map(key_of, variables))
+        fitting = any(re.search(pattern, path) for pattern in self.patterns for path in paths)
+        unused = [f"var_names={self.patterns}"] * bool(self.patterns and not fitting)
+        if self.variables and known.isdisjoint(map(key_of, self.variables)):
+            unused.append(f"var_list={list(map(path_of, self.variables))}")
+        if unused:
+            given = "; ".join(unused)
+            warnings.warn(f"exclude_from_weight_decay: {given}: not among the variables {paths}", stacklevel=7)
+
     def as_patterns(self) -> list[str]:
         """All of it as patterns, with and without the model's name, which Keras leaves out when it loads the model."""
         exact = []
@@ -65,6 +77,7 @@ def build(optimizer: Optimizer, variables: list[Variable], backend: Any) -> None
     dtypes = [_state_dtype(optimizer, variable) for variable in variables]
     if len({optimizer._var_key(variable) for variable in variables}) != len(variables):
         raise ValueError("variables: the same variable twice")
+    optimizer._runtime.exclusion.warn_of_unused(variables, optimizer._var_key)
 
     def add(variable: Variable, dtype: str | None, name: str, initializer: Any = "zeros") -> Variable | None:
         if dtype is None:

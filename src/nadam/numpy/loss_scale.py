@@ -8,13 +8,14 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from nadam.core.loss_scale import LARGEST, SMALLEST, DynamicLossScale
+from nadam.core.names import Closed, known_arguments
 from nadam.core.step import StepReport
 from nadam.numpy.optimizer import Nadam
 
 Arrays = Mapping[str, NDArray[Any]] | Sequence[NDArray[Any]]
 
 
-class LossScaleOptimizer:
+class LossScaleOptimizer(Closed):
     """Keeps small float16 gradients from vanishing: the loss is scaled up, the gradients down again in the step.
 
     A call with NaN or infinity in its gradients changes nothing and halves the scale; ``dynamic_growth_steps`` calls in
@@ -25,10 +26,9 @@ class LossScaleOptimizer:
         initial_scale: Of the loss, between 2**-126 and 2**127, which it never leaves.
         dynamic_growth_steps: Calls, at least 1.
         name: For `get_config`.
-        **kwargs: None is known; what Keras takes here belongs to the inner optimizer.
 
     Raises:
-        ValueError: An argument out of its range, or unknown.
+        ValueError: An argument out of its range, or unknown: what Keras takes here belongs to the inner optimizer.
         TypeError: An inner optimizer that is not a Nadam.
 
     Example:
@@ -41,18 +41,16 @@ class LossScaleOptimizer:
         ([0.9892578125, 0.9892578125], 32768.0)
     """
 
+    _own = ("inner_optimizer", "initial_scale", "dynamic_growth_steps", "name")
+
+    @known_arguments(ValueError, "; give it to the inner optimizer")
     def __init__(
         self,
         inner_optimizer: Nadam,
         initial_scale: float = 2.0**15,
         dynamic_growth_steps: int = 2000,
         name: str = "loss_scale_optimizer",
-        **kwargs: Any,
     ) -> None:
-        if kwargs:
-            raise ValueError(
-                f"{next(iter(kwargs))}: not an argument of LossScaleOptimizer; give it to the inner optimizer"
-            )
         if not isinstance(inner_optimizer, Nadam):
             raise TypeError(f"inner_optimizer={inner_optimizer!r}: expected a nadam.Nadam")
         if isinstance(initial_scale, bool) or not SMALLEST <= initial_scale <= LARGEST:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from nadam.core.config import Configured, hyperparameters
 from nadam.core.exclusive import Exclusive, loading
-from nadam.core.hyperparameters import current, is_schedule
+from nadam.core.hyperparameters import BiasCorrection, current, is_schedule
+from nadam.core.names import Closed, known_arguments
 from nadam.core.schedules import LearningRateSchedule
 from nadam.core.step import Bucket, StepReport, step
 from nadam.numpy.parameters import Exclusion, Parameters
@@ -19,7 +20,7 @@ from nadam.numpy.parameters import Exclusion, Parameters
 Number = float | Callable[[], float]
 
 
-class Nadam(Configured):
+class Nadam(Configured, Closed):
     """Adam with Nesterov momentum for NumPy arrays, with the arguments, methods and numbers of keras.optimizers.Nadam.
 
         exp_avg    += (grad - exp_avg) * (1 - beta_1)
@@ -49,7 +50,6 @@ class Nadam(Configured):
             that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
-        **kwargs: None is known.
 
     Attributes:
         built: Whether the optimizer knows its arrays.
@@ -58,6 +58,7 @@ class Nadam(Configured):
     Raises:
         ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
         TypeError: A value that is not a number.
+        AttributeError: Setting an attribute that it has not.
 
     Example:
         >>> weights = {"kernel": np.ones((2, 2)), "bias": np.zeros(2)}
@@ -70,6 +71,9 @@ class Nadam(Configured):
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
 
+    _own = ("name", "last_step")
+
+    @known_arguments(ValueError)
     def __init__(
         self,
         learning_rate: float | LearningRateSchedule | Callable[..., float] = 0.001,
@@ -88,9 +92,8 @@ class Nadam(Configured):
         name: str = "nadam",
         *,
         momentum_decay: float = 1.0,
-        bias_correction: str = "nadam",
+        bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
-        **kwargs: Any,
     ) -> None:
         self._hyper = hyperparameters(locals())
         self.name = name
@@ -149,9 +152,12 @@ class Nadam(Configured):
                 and memory order; a list, or a dict by name. They are updated in place.
 
         Raises:
-            TypeError: Something else among them.
+            TypeError: Something else among them, or a generator of them.
             ValueError: A read-only array, one that overlaps itself or another, or other arrays than those it was built
                 with.
+
+        Warns:
+            UserWarning: Patterns of `exclude_from_weight_decay` fit no name of theirs, or an array is none of them.
         """
         self._exclusive.run("build", self._build, variables)
 
@@ -208,8 +214,8 @@ class Nadam(Configured):
 
         Raises:
             ValueError: Another count or shape of gradients, no gradient at all, an array that the optimizer does not
-                know or that comes twice, memory that overlaps, a read-only array, a hyperparameter computed out of
-                range. In each case nothing has changed.
+                know or that comes twice, one that has taken a parameter's place in the list or dict, memory that
+                overlaps, a read-only array, a hyperparameter computed out of range. In each case nothing has changed.
             TypeError: Something that is not an array of numbers.
         """
         self._step(grads, variables, self._hyper.loss_scale_factor or 1.0, must_be_finite=False)
@@ -259,7 +265,9 @@ class Nadam(Configured):
     @staticmethod
     def _finalize(parameters: Parameters, variables: Any) -> None:
         chosen: Sequence[int] = range(len(parameters.entries))
-        if variables is not None:
+        if variables is None:
+            parameters.check_source()
+        else:
             items = variables.items() if isinstance(variables, Mapping) else enumerate(variables)
             chosen = [parameters.index_of(array, label) for label, array in items]
         for i in chosen:

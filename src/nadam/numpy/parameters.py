@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ Array = NDArray[Any]
 # Plans for different sets of gradients that are kept, as for a model whose halves are trained in turn.
 PLANS_KEPT = 8
 
+_IN_PLACE = "assign in place, variables[{!r}][...] = ..., or build another optimizer"
+_ANOTHER = f"another array than the optimizer was built with; {_IN_PLACE}"
+
 
 @dataclass
 class Exclusion:
@@ -34,6 +38,16 @@ class Exclusion:
     def covers(self, name: str, array: Array) -> bool:
         """Whether a parameter is excluded."""
         return any(array is other for other in self.arrays) or any(re.search(p, name) for p in self.patterns)
+
+    def warn_of_unused(self, arrays: Mapping[str, Array]) -> None:
+        """Warn where the patterns fit no parameter, or an array is none: what was meant would decay all the same."""
+        fitting = any(re.search(pattern, name) for pattern in self.patterns for name in arrays)
+        unused = [f"var_names={self.patterns}"] * bool(self.patterns and not fitting)
+        known = set(map(id, arrays.values()))
+        unused += [f"var_list, an array of shape {each.shape}" for each in self.arrays if id(each) not in known]
+        if unused:
+            given = "; ".join(unused)
+            warnings.warn(f"exclude_from_weight_decay: {given}: not among the parameters {list(arrays)}", stacklevel=7)
 
 
 def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
@@ -51,11 +65,16 @@ def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
 class Parameters:
     """The arrays that an optimizer trains, their state and its counters."""
 
+    _source: list[Array] | dict[str, Array] | None = None  # the user's, where the arrays are from
+    _held: Collection[Array] = ()  # what it holds now
+
     def __init__(
         self, variables: Any, *, average: bool = False, accumulate: bool = False, exclusion: Exclusion | None = None
     ) -> None:
         self.named = isinstance(variables, Mapping)
         arrays = _checked(variables)
+        if exclusion is not None:
+            exclusion.warn_of_unused(arrays)
         self.entries: list[Parameter] = []
         for name, array in arrays.items():
             dtype = np.dtype(COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name))
@@ -69,6 +88,8 @@ class Parameters:
             )
         self.counters = Counters(len(self.entries))
         self._index()
+        if isinstance(variables, (list, dict)):
+            self._source, self._held = variables, variables.values() if isinstance(variables, dict) else variables
 
     def _index(self) -> None:
         self._arrays = [entry.array for entry in self.entries]
@@ -88,23 +109,34 @@ class Parameters:
     def are(self, variables: Any) -> bool:
         """Whether these are the same arrays, in the same order."""
         arrays = variables
-        if type(variables) is not list and isinstance(variables, Mapping):
-            arrays = list(variables.values())
+        if type(variables) is not list:
+            arrays = list(_container(variables.values() if isinstance(variables, Mapping) else variables, "variables"))
         return len(arrays) == len(self._arrays) and all(map(is_, arrays, self._arrays))
+
+    def check_source(self) -> None:
+        """That no other array has taken a parameter's place in the user's list or dict: it would not be trained."""
+        source = self._source
+        if source is None or (len(self._held) == len(self._arrays) and all(map(is_, self._held, self._arrays))):
+            return
+        for label, array in source.items() if isinstance(source, dict) else enumerate(source):
+            index = self._positions.get(str(label))
+            if index is not None and array is not self._arrays[index]:
+                raise ValueError(f"variables[{label!r}]: {_ANOTHER.format(label)}")
 
     def index_of(self, array: Any, position: object) -> int:
         """Which parameter an array is."""
         index = self._identities.get(id(array))
         if index is None:
-            raise ValueError(
-                f"variables[{position!r}]: not one of the {len(self.entries)} arrays that the optimizer was built with"
-            )
+            known = f"not one of the {len(self.entries)} arrays that the optimizer was built with"
+            raise ValueError(f"variables[{position!r}]: {known}; {_IN_PLACE.format(position)}")
         return index
 
     def plan(self, grads: Any, variables: Any) -> tuple[KernelPlan, Any]:
         """The plan for a call's gradients, all of them checked; and what must be held until the step is done."""
         if variables is not None and type(variables) in (list, tuple, dict) and self.are(variables):
             variables = None
+        if variables is None:
+            self.check_source()
         if variables is None and self._complete is not None:
             named = self.named and isinstance(grads, dict) and len(grads) == len(self.entries)
             if self._complete.fits([grads.get(name) for name in self._positions] if named else grads):
@@ -162,6 +194,13 @@ class Parameters:
         return np.array(ordered, np.int64), [grad for _, grad in chosen], [label for label, _ in chosen]
 
 
+def _container(arrays: Any, argument: str) -> Any:
+    """A list, dict or the like, which can be gone through again."""
+    if isinstance(arrays, (np.ndarray, str, bytes, Iterator)) or not isinstance(arrays, Iterable):
+        raise TypeError(f"{argument}: expected a list or a dict of arrays, got {type(arrays).__name__}")
+    return arrays
+
+
 def _listed(arrays: Any, argument: str) -> tuple[list[object], list[Any]]:
     """Labels and arrays of a list or dict."""
     if isinstance(arrays, Mapping):
@@ -174,7 +213,7 @@ def _listed(arrays: Any, argument: str) -> tuple[list[object], list[Any]]:
 
 def _checked(variables: Any) -> dict[str, Array]:
     """Parameters by name, each checked; those of a list are named by their position."""
-    labels, values = _listed(variables, "variables")
+    labels, values = _listed(_container(variables, "variables"), "variables")
     if not values:
         raise ValueError("variables: expected at least one array")
     for label, array in zip(labels, values, strict=True):
