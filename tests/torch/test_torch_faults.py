@@ -1,5 +1,6 @@
 """Bad input and faults: each is refused by name, or done right; and where it is refused, nothing has changed."""
 
+import inspect
 import multiprocessing
 import signal
 import threading
@@ -11,7 +12,7 @@ import torch
 from training import DEVICE, Gradients, apart, equal, parameters, train
 
 import nadam
-from nadam.torch import NAdam
+from nadam.torch import NAdam, NAdamW, settings
 
 
 def snapshot(optimizer):
@@ -420,3 +421,129 @@ def test_a_step_as_a_number_as_in_old_checkpoints():
     other.load_state_dict(state)
     train(other, params, 1)
     assert other.state[params[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("name", [*settings.EXTRAS, *settings.STATE_OPTIONS])
+def test_a_setting_of_the_whole_optimizer_in_a_group(name):
+    params, message = parameters(), rf"^{name}=1 in param_groups\[%d\]: expected as an argument of the constructor"
+    with pytest.raises(ValueError, match=message % 0):
+        NAdam([{"params": params, name: 1}])
+    optimizer = NAdam(params[:2])
+    with pytest.raises(ValueError, match=message % 1):
+        optimizer.add_param_group({"params": params[2:], name: 1})
+    train(optimizer, params[:2], 3)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0][name] = 1  # later: seen at the next step
+    with pytest.raises(ValueError, match=message % 0):
+        optimizer.step()
+    with pytest.raises(ValueError, match=message % 0):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert same(before, snapshot(optimizer))
+    del optimizer.param_groups[0][name]
+    optimizer.param_groups[0]["note"] = "the user's"
+    train(optimizer, params[:2], 1)
+
+
+@pytest.mark.parametrize("name", [*settings.DEFAULTS, *settings.EXTRAS, *settings.STATE_OPTIONS])
+def test_a_setting_as_an_attribute(name):
+    place = rf"set in param_groups\[i\]\['{name}'\]" if name in settings.DEFAULTS else "an argument of the constructor"
+    for cls in (NAdam, NAdamW):
+        optimizer = cls(parameters())
+        with pytest.raises(AttributeError, match=rf"^{name}=1: not an attribute of {cls.__name__}: it is {place}"):
+            setattr(optimizer, name, 1)
+        assert not hasattr(optimizer, name)
+        optimizer.grad_scale = optimizer.found_inf = None  # GradScaler's
+        optimizer.anything = 1
+
+
+@pytest.mark.parametrize("cls", [NAdam, NAdamW])
+@pytest.mark.parametrize(("name", "meant"), [
+    ("beta1", "betas"), ("epsilon", "eps"), ("learning_rate", "lr"), ("max_grad_norm", "global_clipnorm"),
+    ("weight_decya", "weight_decay"),
+])  # fmt: skip
+def test_an_unknown_argument_names_the_one_that_is_meant(cls, name, meant):
+    with pytest.raises(
+        TypeError, match=rf"^{cls.__name__}\(\) got an unexpected keyword argument '{name}': .* {meant}\?$"
+    ):
+        cls(parameters(), **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "momentum_decay", "clipnorm", "ema_momentum"])
+def test_a_bool_for_a_number(name):
+    for value in (True, torch.tensor(True)):
+        with pytest.raises(TypeError, match=f"^{name}=.*True.*: expected a number"):
+            NAdam(parameters(), **{name: value})
+    optimizer, params = NAdam(parameters()), parameters()
+    if name in optimizer.defaults:
+        with pytest.raises(TypeError, match=f"^{name}=True: expected a number"):
+            optimizer.add_param_group({"params": params, name: True})
+    with pytest.raises(TypeError, match=r"^betas\[1\]=True: expected a number"):
+        NAdam(params, betas=(0.9, True))
+
+
+def test_a_model_or_a_used_up_generator_for_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    for params in (model, [{"params": model}]):
+        with pytest.raises(
+            TypeError, match=r"^params: expected model.parameters\(\), got the model itself, a Sequential"
+        ):
+            NAdam(params)
+    generator = model.parameters()
+    assert len(NAdam(generator).param_groups[0]["params"]) == 2
+    with pytest.raises(ValueError, match=r"empty parameter list: .* a generator, as .* gives, can be used once"):
+        NAdam(generator)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        NAdam([])
+
+
+def test_a_step_within_swap_ema():
+    params = parameters()
+    optimizer = NAdam(params, use_ema=True)
+    train(optimizer, params, 3)
+    before, calls = snapshot(optimizer), []
+    with optimizer.swap_ema(), optimizer.swap_ema():
+        for closure in (None, lambda: calls.append(1)):
+            with pytest.raises(RuntimeError, match="step: called within swap_ema"):
+                optimizer.step(closure)
+    assert not calls
+    assert same(before, snapshot(optimizer))
+    with pytest.raises(KeyError), optimizer.swap_ema():
+        raise KeyError
+    train(optimizer, params, 1)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("saved", "cls", "remedy"), [
+    (torch.optim.Adam, NAdam, "load_adam_state_dict"), (torch.optim.AdamW, NAdam, "load_adam_state_dict"),
+    (torch.optim.Adam, NAdamW, "load_adam_state_dict"), (NAdamW, NAdam, "nadam.torch.NAdamW"),
+])  # fmt: skip
+def test_the_state_of_another_optimizer_names_what_takes_it(saved, cls, remedy, steps):
+    params = parameters()
+    other, optimizer = saved(params), cls(params)
+    train(other, params, steps)
+    if saved is NAdamW and not steps:
+        return  # there is nothing yet by which they differ
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\]: this is the state of another .* {remedy} takes it$"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state
+    assert "amsgrad" not in optimizer.param_groups[0]
+
+
+def test_the_repr_shows_the_extras_that_are_set():
+    given = {"global_clipnorm": 1.0, "use_ema": True, "exp_avg_dtype": torch.bfloat16}
+    lines = [f"{name}: {value}" for name, value in given.items()]
+    plain, full = (repr(NAdam(parameters(), **chosen)).split("\n") for chosen in ({}, given))
+    assert plain == repr(torch.optim.NAdam(parameters())).split("\n")
+    assert full == [plain[0], *lines, *plain[1:]]
+
+
+def test_the_tables_of_settings_are_the_signatures():
+    signature = inspect.signature(NAdam).parameters
+    table = {**settings.EXTRAS, **settings.STATE_OPTIONS}
+    assert {name: signature[name].default for name in table} == table
+    assert set(signature) - {"params"} == {*table, *settings.DEFAULTS}
+    fixed = {"momentum_decay", "decoupled_weight_decay", "differentiable", "bias_correction"}
+    others = inspect.signature(NAdamW).parameters
+    assert {name: others[name].default for name in table if name not in fixed} == {
+        n: table[n] for n in table if n not in fixed
+    }

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
+from nadam.core.names import known_arguments
 from nadam.torch import state
 from nadam.torch.optimizer import NAdam
 
@@ -39,7 +40,17 @@ class NAdamW(NAdam):
         foreach: Accepted and ignored: there is one pass in any case.
         capturable: Accepted, and ignored on the CPU.
         clipping_threshold: Refused unless None; ``clipnorm`` and ``global_clipnorm`` clip gradients.
-        **extras: Keywords that `NAdam` has and `torch.optim.NAdam` has not: clipping, averages, accumulation and more.
+        clipnorm: Largest norm of each gradient, as of `NAdam`, as are those that follow.
+        clipvalue: Largest magnitude of each element of a gradient.
+        global_clipnorm: Largest norm of all gradients of all groups together.
+        use_ema: Whether to keep a moving average of each parameter.
+        ema_momentum: Share of the old average that is kept.
+        ema_overwrite_frequency: Every so many updates the parameters take their averages.
+        gradient_accumulation_steps: An update every so many calls of `step`.
+        skip_nonfinite: Whether a step whose gradients are not finite changes nothing.
+        remainder: Whether to keep the 16 bits by which a bfloat16 parameter differs from a float32 one.
+        exp_avg_dtype: torch.bfloat16 to keep first moments in two bytes.
+        seed: Of their stochastic rounding.
 
     Raises:
         ValueError: A value out of its range, two clips, or what is refused; it is named, with what is allowed.
@@ -59,6 +70,7 @@ class NAdamW(NAdam):
         Benchmarking Neural Network Training Algorithms.
     """
 
+    @known_arguments()
     def __init__(
         self,
         params: Any,
@@ -72,7 +84,18 @@ class NAdamW(NAdam):
         foreach: bool | None = None,
         capturable: bool = False,
         clipping_threshold: float | None = None,
-        **extras: Any,
+        *,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        skip_nonfinite: bool = False,
+        remainder: bool = False,
+        exp_avg_dtype: dtype | None = None,
+        seed: int = 0,
     ) -> None:
         _check_supported(locals())
         super().__init__(
@@ -87,7 +110,17 @@ class NAdamW(NAdam):
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
-            **extras,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            skip_nonfinite=skip_nonfinite,
+            remainder=remainder,
+            exp_avg_dtype=exp_avg_dtype,
+            seed=seed,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

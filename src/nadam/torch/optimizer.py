@@ -14,8 +14,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
+from nadam.core.hyperparameters import BiasCorrection
+from nadam.core.names import known_arguments, refuse
 from nadam.core.step import StepReport, step
-from nadam.torch import buckets, settings, state
+from nadam.torch import buckets, mistakes, settings, state
 from nadam.torch.bucket_cache import BucketCache
 from nadam.torch.fallback import Row, differentiable_step, joined, store
 from nadam.torch.gpu import bucket_cache as gpu
@@ -69,7 +71,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     Raises:
         ValueError: A value out of its range, or two clips; it is named, with what is allowed.
-        TypeError: A value that is not a number; a parameter of integers.
+        TypeError: A value that is not a number; a parameter of integers; a model instead of its parameters.
+        AttributeError: Setting one of these as an attribute: they are the groups', or the constructor's.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -84,7 +87,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+    _swapped = False  # whether the parameters have the values of their averages
 
+    @known_arguments()
     def __init__(
         self,
         params: Any,
@@ -107,7 +112,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
-        bias_correction: str = "nadam",
+        bias_correction: BiasCorrection = "nadam",
         remainder: bool = False,
         exp_avg_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -120,7 +125,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         settings.checked(defaults, self._extras)
         if differentiable and any(self._extras[name] for name in settings.KERNELS_ONLY):
             raise ValueError("differentiable=True: expected none of " + ", ".join(settings.KERNELS_ONLY))
-        super().__init__(params, defaults)
+        super().__init__(mistakes.listed(params), defaults)
 
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
@@ -153,9 +158,10 @@ class NAdam(Optimizer):  # type: ignore[misc]
         """Add a group of parameters with settings of their own, as in `torch.optim`.
 
         Raises:
-            ValueError: A setting out of its range, or a parameter that is in a group already.
+            ValueError: A setting out of its range, or of the whole optimizer; a parameter that is in a group already.
             TypeError: A parameter that is no tensor of real or complex numbers.
         """
+        mistakes.check_new_group(param_group, len(self.param_groups))
         super().add_param_group(param_group)
         try:
             settings.checked(self.param_groups[-1], self._extras)
@@ -176,7 +182,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
         Raises:
             ValueError: A setting out of its range, or memory that overlaps. Nothing has changed.
-            RuntimeError: A sparse gradient. Nothing has changed.
+            RuntimeError: A sparse gradient, or a call within `swap_ema`. Nothing has changed.
         """
         if torch.compiler.is_dynamo_compiling() or _is_observed(self):
             return _observed_step(self) if closure is None else _observed_step(self, closure)
@@ -186,6 +192,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
+        if self._swapped:
+            raise RuntimeError("step: called within swap_ema, at whose end the parameters get back what they were")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -250,6 +258,10 @@ class NAdam(Optimizer):  # type: ignore[misc]
             rows = [Row(param, buckets.entry(self.state, param, h, self._options), param.grad) for param in present]
             differentiable_step(h, now._replace(lr=group["lr"]), rows)
 
+    def __repr__(self) -> str:
+        shown = mistakes.shown({**self._extras, **self._options._asdict()})
+        return str(super().__repr__()).replace("(\n", f"(\n{shown}", 1)
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
         position, skipped = self._counters()
@@ -272,7 +284,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
         Raises:
             ValueError: It is another optimizer's, or of other parameters, or damaged; it says what is wrong, and
-                nothing has changed.
+                nothing has changed. Of Adam's and NAdamW's it says what takes them.
         """
         self._load(state_dict, lambda _, given: state.checked(self.param_groups, given))
 
@@ -297,7 +309,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
-        """Within the block, parameters have the values of their moving averages.
+        """Within the block, parameters have the values of their moving averages, and `step` is refused.
 
         Raises:
             RuntimeError: ``use_ema`` is not set.
@@ -309,10 +321,12 @@ class NAdam(Optimizer):  # type: ignore[misc]
             ...     pass  # evaluate
         """
         kept = [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
-        self.finalize()
+        before, self._swapped = self._swapped, True
         try:
+            self.finalize()
             yield
         finally:
+            self._swapped = before
             with torch.no_grad():
                 for param, entry, value in kept:
                     store(param, entry, value)
@@ -334,6 +348,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
         entries = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
         updated = [(local(param), entry) for param, entry in entries if float(entry["step"]) > 0]
         return [(param, {name: local(value) for name, value in entry.items()}) for param, entry in updated]
+
+
+refuse(NAdam, mistakes.SETTINGS, mistakes.where_it_belongs)
 
 
 def _is_observed(optimizer: Optimizer) -> bool:

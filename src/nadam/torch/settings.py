@@ -25,15 +25,31 @@ DEFAULTS = (
     *("lr", "betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize"),
     *("foreach", "capturable", "differentiable"),
 )
-# Settings of the whole optimizer, which are not a group's.
-EXTRAS = (
-    *("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum", "ema_overwrite_frequency"),
-    *("gradient_accumulation_steps", "skip_nonfinite", "bias_correction"),
-)
+# Settings of the whole optimizer, which are not a group's, with their defaults; and how its state is kept.
+EXTRAS = {
+    "clipnorm": None,
+    "clipvalue": None,
+    "global_clipnorm": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "gradient_accumulation_steps": None,
+    "skip_nonfinite": False,
+    "bias_correction": "nadam",
+}
+STATE_OPTIONS = {"remainder": False, "exp_avg_dtype": None, "seed": 0}
 # Those that a step which is differentiated has not.
 KERNELS_ONLY = tuple(name for name in EXTRAS if name not in ("ema_momentum", "bias_correction"))
+OF_ALL = "an argument of the constructor, for all groups together"
 # What of a group seldom changes; schedulers set the learning rate, and one of them a beta, at every step.
 _lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """That a group has no setting of the whole optimizer, which would change nothing there."""
+    for name in (*EXTRAS, *STATE_OPTIONS):
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r} in {where}: expected as {OF_ALL}")
 
 
 def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparameters:
@@ -67,7 +83,7 @@ class Settings:
 
     def __init__(self, extras: Mapping[str, Any]) -> None:
         self._extras = extras
-        self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters]] = {}
+        self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters, int]] = {}
 
     def now(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Now]:
         """The settings of the group of this number at this step."""
@@ -75,12 +91,14 @@ class Settings:
         if isinstance(rate, Tensor):
             rate = rate.item() if rate.numel() == 1 else rate
         known = self._known.get(index)
-        if known is not None and known[0] == lasting:
+        if known is not None and known[0] == lasting and known[2] == len(group):
             h = known[1]
             if (rate, *group["betas"]) == (h.lr, h.beta1, h.beta2):
                 return h, h.at(0)
+        if known is None or known[2] != len(group):
+            check_group(group, f"param_groups[{index}]")
         h = checked(group, self._extras)
-        self._known[index] = lasting, h
+        self._known[index] = lasting, h, len(group)
         return h, h.at(0)
 
     def on_device(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Tensor | float, float, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.scalars import momentum_product
 from nadam.torch.buckets import STATE_DTYPES, StateOptions, extra_state, new_state
+from nadam.torch.mistakes import check_owner
 from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
@@ -27,8 +28,13 @@ class Kept:
         self.tensor = tensor
 
 
-def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...] = NADAM) -> Any:
-    """A checkpoint in the order of these groups, its tensors Kept."""
+def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
+    """A checkpoint of NAdam in the order of these groups, its tensors Kept."""
+    check_owner(state_dict, "NAdam")
+    return _checked(groups, state_dict, NADAM)
+
+
+def _checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...]) -> Any:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"state_dict: no {key!r} in it")
@@ -63,14 +69,15 @@ def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], require
 
 def of_adam(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
     """A checkpoint of Adam as one of NAdam with the settings of these groups."""
-    made = checked(groups, state_dict, ADAM)
+    made = _checked(groups, state_dict, ADAM)
     pairs = zip(groups, made["param_groups"], strict=True)
     return _with_products({**made, "param_groups": [{**ours, "params": theirs["params"]} for ours, theirs in pairs]})
 
 
 def of_nadamw(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
     """A checkpoint of NAdamW, which keeps no momentum product, as one of NAdam; settings that it has not are ours."""
-    made = checked(groups, state_dict, ADAM)
+    check_owner(state_dict, "NAdamW")
+    made = _checked(groups, state_dict, ADAM)
     pairs = zip(groups, made["param_groups"], strict=True)
     return _with_products({**made, "param_groups": [{**ours, **theirs} for ours, theirs in pairs]})
 
@@ -94,7 +101,8 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
     missing = [name for name in required if name not in entry]
     if missing and entry:
         owner = "NAdam" if required is NADAM else "Adam, AdamW or NAdamW"
-        raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {owner}")
+        hint = "; load_adam_state_dict takes Adam's, nadam.torch.NAdamW that of NAdamW" * (missing == ["mu_product"])
+        raise ValueError(f"{where}: no {missing[0]!r}: this is not the state of {owner}{hint}")
     kept = {}
     for name, value in entry.items():
         if name not in {*NADAM, *OURS}:
