@@ -8,7 +8,7 @@ from functools import wraps
 from inspect import signature
 from reprlib import repr as short
 from types import FunctionType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,10 +110,12 @@ class Closed:
     Its subclasses may have more.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dict__:  # which is the case of what a step sets
-            self._check_name(name, value)
-        object.__setattr__(self, name, value)
+    if not TYPE_CHECKING:  # to which any name would be right then
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in self.__dict__:  # where what a step sets is
+                self._check_name(name, value)
+            object.__setattr__(self, name, value)
 
     def _check_name(self, name: str, value: Any) -> None:
         cls = type(self)
