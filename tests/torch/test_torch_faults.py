@@ -439,7 +439,7 @@ def test_a_setting_of_the_whole_optimizer_in_a_group(name):
     with pytest.raises(ValueError, match=message % 0):
         optimizer.load_state_dict(optimizer.state_dict())
     assert same(before, snapshot(optimizer))
-    del optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = optimizer._of_all()[name]  # as ZeroRedundancyOptimizer has it
     optimizer.param_groups[0]["note"] = "the user's"
     train(optimizer, params[:2], 1)
 

@@ -32,11 +32,17 @@ def check_no_model(params: Any) -> None:
         raise TypeError(f"params: expected model.parameters(), got the model itself, a {type(params).__name__}")
 
 
-def check_new_group(group: Any, index: int) -> None:
+def check_new_group(group: Any, of_all: Mapping[str, Any], index: int) -> None:
     """That a new group has parameters and settings of a group."""
     if isinstance(group, Mapping):
         check_no_model(group.get("params"))
-        check_group(group, f"param_groups[{index}]")
+        check_group(group, of_all, f"param_groups[{index}]")
+
+
+def check_saved_groups(state_dict: Mapping[str, Any], of_all: Mapping[str, Any]) -> None:
+    """That the groups of a checkpoint have settings of a group."""
+    for i, group in enumerate(state_dict.get("param_groups", ())):
+        check_group(group, of_all, f"param_groups[{i}]")
 
 
 def where_it_belongs(name: str) -> str:
@@ -53,7 +59,6 @@ def shown(given: Mapping[str, Any]) -> str:
 def check_owner(state_dict: Mapping[str, Any], wanted: str) -> None:
     """That a checkpoint is not that of Adam, which has another way in, or of NAdamW, which has another class."""
     for i, group in enumerate(state_dict.get("param_groups", ())):
-        check_group(group, f"param_groups[{i}]")
         if "momentum_decay" not in group and "amsgrad" in group:
             owner, remedy = "Adam or AdamW", "load_adam_state_dict takes it"
         elif wanted == "NAdam" and _is_of_nadamw(group) and _has_no_product(state_dict):

@@ -129,13 +129,18 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Drop what was prepared for the parameters and state of before."""
-        self._settings, steps = settings.Settings(self._extras), self._extras["gradient_accumulation_steps"]
+        self._settings = settings.Settings(self._extras, self._of_all())
+        steps = self._extras["gradient_accumulation_steps"]
         given = self._settings, self._options, steps, type(self).__name__
         self._buckets, self._gpu = BucketCache(*given), gpu.GpuBucketCache(*given)
         self._position = self._skipped = 0  # calls since the last update, and those that were skipped
         self.last_step: StepReport | None = None
         self._counting: Counters | None = None  # of an accumulating step at work
         self._exclusive = Exclusive()
+
+    def _of_all(self) -> dict[str, Any]:
+        """The settings of the whole optimizer."""
+        return {**self._extras, **self._options._asdict()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("_extras", "_options")}
@@ -161,7 +166,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             ValueError: A setting out of its range, or of the whole optimizer; a parameter that is in a group already.
             TypeError: A parameter that is no tensor of real or complex numbers.
         """
-        mistakes.check_new_group(param_group, len(self.param_groups))
+        mistakes.check_new_group(param_group, self._of_all(), len(self.param_groups))
         super().add_param_group(param_group)
         try:
             settings.checked(self.param_groups[-1], self._extras)
@@ -259,7 +264,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             differentiable_step(h, now._replace(lr=group["lr"]), rows)
 
     def __repr__(self) -> str:
-        shown = mistakes.shown({**self._extras, **self._options._asdict()})
+        shown = mistakes.shown(self._of_all())
         return str(super().__repr__()).replace("(\n", f"(\n{shown}", 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,7 +306,12 @@ class NAdam(Optimizer):  # type: ignore[misc]
     def _load(self, state_dict: Mapping[str, Any], prepare: Callable[[Any, Any], Any]) -> None:
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
-        handle = self.register_load_state_dict_pre_hook(prepare)  # after the user's own
+
+        def checked(optimizer: Any, given: Mapping[str, Any]) -> Any:
+            mistakes.check_saved_groups(given, self._of_all())
+            return prepare(optimizer, given)
+
+        handle = self.register_load_state_dict_pre_hook(checked)  # after the user's own
         try:
             super().load_state_dict(dict(state_dict))
         finally:

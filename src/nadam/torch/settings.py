@@ -45,11 +45,14 @@ OF_ALL = "an argument of the constructor, for all groups together"
 _lasting = itemgetter("eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize")
 
 
-def check_group(group: Mapping[str, Any], where: str) -> None:
-    """That a group has no setting of the whole optimizer, which would change nothing there."""
-    for name in (*EXTRAS, *STATE_OPTIONS):
-        if name in group:
-            raise ValueError(f"{name}={group[name]!r} in {where}: expected as {OF_ALL}")
+def check_group(group: Mapping[str, Any], of_all: Mapping[str, Any], where: str) -> None:
+    """That a group has no setting of the whole optimizer of another value than this has there: it would change nothing.
+
+    ZeroRedundancyOptimizer puts all that the constructor is given into the groups.
+    """
+    for name, value in of_all.items():
+        if name in group and group[name] != value:
+            raise ValueError(f"{name}={group[name]!r} in {where}: expected as {OF_ALL}, where it is {value!r}")
 
 
 def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparameters:
@@ -81,8 +84,8 @@ def checked(group: Mapping[str, Any], extras: Mapping[str, Any]) -> Hyperparamet
 class Settings:
     """What the groups have set, checked again only where it has changed."""
 
-    def __init__(self, extras: Mapping[str, Any]) -> None:
-        self._extras = extras
+    def __init__(self, extras: Mapping[str, Any], of_all: Mapping[str, Any]) -> None:
+        self._extras, self._of_all = extras, of_all
         self._known: dict[int, tuple[tuple[Any, ...], Hyperparameters, int]] = {}
 
     def now(self, index: int, group: Mapping[str, Any]) -> tuple[Hyperparameters, Now]:
@@ -96,7 +99,7 @@ class Settings:
             if (rate, *group["betas"]) == (h.lr, h.beta1, h.beta2):
                 return h, h.at(0)
         if known is None or known[2] != len(group):
-            check_group(group, f"param_groups[{index}]")
+            check_group(group, self._of_all, f"param_groups[{index}]")
         h = checked(group, self._extras)
         self._known[index] = lasting, h, len(group)
         return h, h.at(0)
