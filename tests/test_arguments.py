@@ -193,12 +193,12 @@ def test_a_part_of_the_parameters_may_be_trained():
 
 def test_last_step_tells_what_was_done():
     optimizer = nadam.Nadam(lambda step: 0.1 * (step + 1), global_clipnorm=1.0, skip_nonfinite=True)
-    assert optimizer.last_step is None
+    assert optimizer.last_step == nadam.StepReport(0, 0.1, None, None, 0)
     param = np.ones(2)
     optimizer.apply([np.array([3.0, 4.0])], [param])
     assert optimizer.last_step == nadam.StepReport(1, 0.1, 5.0, 0.2, 0, skipped=False)
     optimizer.apply([np.array([np.inf, 4.0])])
-    assert optimizer.last_step == nadam.StepReport(1, 0.2, None, None, 1, skipped=True)
+    assert optimizer.last_step == nadam.StepReport(1, 0.2, None, None, 1, skipped=True, nonfinite_param="0")
     plain = nadam.Nadam()
     plain.apply([np.ones(2)], [param])
     assert plain.last_step == nadam.StepReport(1, 0.001, None, None, 0)

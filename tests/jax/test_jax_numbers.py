@@ -128,6 +128,18 @@ def test_what_the_last_step_did():
     assert all(np.array_equal(averages[key], state.ema[key]) for key in SHAPES)
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+def test_the_norm_without_clipping(steps):
+    settings = {"gradient_accumulation_steps": steps, "weight_decay": 0.1}
+    params, state = run(fused(0.01, track_grad_norm=True, **settings), 3)
+    plain, other = run(fused(0.01, **settings), 3)
+    assert all(np.array_equal(params[key], plain[key]) for key in SHAPES)
+    grads = [draw(i)[key] if steps is None else sum(draw(j)[key] for j in (1, 2, 3)) / 3 for key in SHAPES for i in [3]]
+    norm = np.sqrt(sum(float((grad.astype(np.float64) ** 2).sum()) for grad in map(np.asarray, grads)))
+    np.testing.assert_allclose(state.last_step.grad_norm, norm, rtol=1e-6)
+    assert (state.last_step.clip_factor, other.last_step.grad_norm) == (None, None)
+
+
 @pytest.mark.parametrize("settings", [{}, {"global_clipnorm": 1.0, "use_ema": True, "weight_decay": 0.1}], ids=str)
 def test_the_kernel_is_what_runs_and_nothing_is_copied(settings):
     optimizer = fused(0.01, **settings)

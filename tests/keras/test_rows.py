@@ -315,10 +315,10 @@ def test_last_step_says_what_the_last_call_did(route, steps):
     settings = {"global_clipnorm": 0.5, "gradient_accumulation_steps": steps, "skip_nonfinite": True}
     settings["learning_rate"] = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [0.5, 0.25, 0.125])
     optimizer, _, reference, step = beside(route, settings, params, learning_rate=rates.__getitem__)
-    assert optimizer.last_step is None
+    assert optimizer.last_step == (0, rates[0], None, None, 0, False, None)
     for i, grads in enumerate(all_grads, 1):
         step(grads)
         updated = i % (steps or 1) == 0
         norms = (reference.norm, reference.factor) if updated else (None, None)
         expected = (i // (steps or 1), rates[i - 1], *norms, 0, False)
-        assert optimizer.last_step == (pytest.approx(expected, rel=1e-6) if updated else expected)
+        assert optimizer.last_step[:6] == (pytest.approx(expected, rel=1e-6) if updated else expected)

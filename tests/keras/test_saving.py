@@ -31,6 +31,7 @@ SETTINGS = {
     "lr callable": {"learning_rate": RATE},
     "beta1 callable": {"beta_1": BETA_1},
     "beta2 callable": {"beta_2": BETA_2},
+    "track_grad_norm": {"track_grad_norm": True},
     "everything": EVERYTHING,
 }
 # Each argument is in one of these at least, which a test below makes sure of.
@@ -39,6 +40,7 @@ TOGETHER = {
     "everything": EVERYTHING,
     "callables": {"learning_rate": RATE, "beta_1": BETA_1, "beta_2": BETA_2, "clipnorm": 0.5, "epsilon": 0.01},
     "others": {"learning_rate": 0.03, "clipvalue": 0.25, "loss_scale_factor": 8.0, "momentum_decay": float("inf")},
+    "tracking": {"track_grad_norm": True},
 }
 
 

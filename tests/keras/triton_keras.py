@@ -17,6 +17,7 @@ SETTINGS = {
     "clipnorm": {"clipnorm": 0.5, "epsilon": 0.1},
     "accumulation": {"gradient_accumulation_steps": 2, "epsilon": 0.1},
     "skipping": {"skip_nonfinite": True},
+    "tracking": {"track_grad_norm": True},
     "loss scale": {"loss_scale_factor": 8.0, "epsilon": 0.1},
 }  # fmt: skip
 SHAPES = [(3, 4), (5,), ()]

@@ -62,7 +62,7 @@ def test_clipping(setting, clip, way):
 def test_the_report():
     params = parameters()
     optimizer = NAdam(params, lr=0.25, global_clipnorm=0.5)
-    assert optimizer.last_step is None
+    assert optimizer.last_step == (0, 0.25, None, None, 0, False, None)
     train(optimizer, params, 3)
     norm = float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in params])))
     report = optimizer.last_step

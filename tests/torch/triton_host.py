@@ -23,6 +23,7 @@ OPTIONS = {
     "accumulation": {"gradient_accumulation_steps": 2, "eps": 0.1},
     "skipping": {"skip_nonfinite": True},
     "maximize": {"maximize": True},
+    "tracking": {"track_grad_norm": True},
 }
 UNITS = 8.0  # fused products and sums, and the order of a sum
 

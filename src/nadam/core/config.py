@@ -60,6 +60,7 @@ class Configured:
     momentum_decay = _Setting("momentum_decay")
     bias_correction = _Setting("bias_correction")
     skip_nonfinite = _Setting("skip_nonfinite")
+    track_grad_norm = _Setting("track_grad_norm")
 
     name: str
     _hyper: Hyperparameters

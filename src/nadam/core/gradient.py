@@ -8,6 +8,8 @@ from enum import Enum
 from math import hypot
 from typing import Any
 
+from nadam.core.dtypes import LARGEST
+
 
 class Check(Enum):
     """What is asked of the values of the gradients before a step."""
@@ -15,6 +17,11 @@ class Check(Enum):
     NOTHING = 0
     FINITE = 1
     SQUARES_FINITE = 2
+
+
+def largest_passing(dtype: str, check: Check) -> float:
+    """The largest magnitude that passes a check, in the dtype that is computed in."""
+    return float(LARGEST[dtype] ** (0.5 if check is Check.SQUARES_FINITE else 1.0))
 
 
 # Of floats, these keep a NaN that comes first; each compiler has its own (rebind.py), which must too.

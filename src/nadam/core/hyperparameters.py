@@ -65,6 +65,7 @@ class Hyperparameters:
         bias_correction: "nadam" divides the momentum term by one minus the momentum product of the next step, "adam" by
             that of this step, as the gradient term.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows changes nothing.
+        track_grad_norm: Whether an update measures the norm of all gradients also where nothing is clipped by it.
         coupled_weight_decay: Whether weight_decay times the parameter is instead added to the gradient (L2).
         maximize: Whether to go up the gradient.
         spelling: What the host calls these, where it calls them otherwise; for the messages.
@@ -95,6 +96,7 @@ class Hyperparameters:
     momentum_decay: float = 1.0
     bias_correction: str = "nadam"
     skip_nonfinite: bool = False
+    track_grad_norm: bool = False
     coupled_weight_decay: bool = False
     maximize: bool = False
     spelling: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -148,8 +150,13 @@ class Hyperparameters:
 
     @property
     def clips_by_norm(self) -> bool:
-        """Whether an update needs the norms of the gradients."""
+        """Whether gradients are clipped by their norms."""
         return self.clipnorm is not None or self.global_clipnorm is not None
+
+    @property
+    def measures_norm(self) -> bool:
+        """Whether an update needs the norms of the gradients."""
+        return self.clips_by_norm or self.track_grad_norm
 
     def check(self, must_be_finite: bool = False) -> Check:
         """What is asked of the values of the gradients before a call changes anything."""

@@ -22,16 +22,23 @@ Factors = Sequence[float] | float  # what multiplies the gradient of each tensor
 
 
 class StepReport(NamedTuple):
-    """What the last call did; nothing in it cost a pass of its own.
+    """What the last call did; before the first, where a run stands.
 
     Attributes:
         step: Updates so far, this call's included.
-        learning_rate: Used by this call.
-        grad_norm: Norm of all gradients together, unscaled, before clipping; None where nothing asked for it.
+        learning_rate: Used by this call; before the first, that of the next.
+        grad_norm: Norm of all gradients together, unscaled, before clipping; None where nothing asked for it
+            (``track_grad_norm`` does, and whatever else reads the gradients before the step).
         clip_factor: What clipping by norm multiplied the gradients by (the smallest factor, with ``clipnorm``); None
             where it is off.
         skipped_steps: Calls so far that changed nothing because a gradient was not finite.
         skipped: Whether this call was one.
+        nonfinite_param: Name of the first parameter whose gradient was the reason; None where the step is compiled as
+            a whole (JAX, TensorFlow) or runs on a GPU.
+
+    Example:
+        >>> StepReport(100, 1e-3, 1.23456789, 0.81, 0)
+        StepReport(step=100, learning_rate=0.001, grad_norm=1.23457, clip_factor=0.81, skipped_steps=0)
     """
 
     step: int
@@ -40,6 +47,22 @@ class StepReport(NamedTuple):
     clip_factor: float | None
     skipped_steps: int
     skipped: bool = False
+    nonfinite_param: str | None = None
+
+    def __repr__(self) -> str:
+        """Without what there is not, numbers to six digits."""
+        shown = {name: _shown(value) for name, value in self._asdict().items()}
+        given = (f"{name}={text}" for name, text in shown.items() if text not in ("None", "False"))
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _shown(value: Any) -> str:
+    """A number, or an array of one, to six digits; what has no value (traced, donated) as it shows itself."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+    except (TypeError, ValueError, RuntimeError):
+        return repr(value)
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 class Plan(Protocol):
@@ -98,7 +121,7 @@ def step(
 
     check = h.check(must_be_finite)
     norms: list[float] = []
-    if (updating and h.clips_by_norm) or check is not Check.NOTHING:
+    if (updating and h.measures_norm) or check is not Check.NOTHING:
         norms, passed = _measure(buckets, inv_scale, accumulating and updating, check)
         if combine is not None:
             norms, passed = combine(norms, passed)

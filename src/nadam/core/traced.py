@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from nadam.core.dtypes import LARGEST, SHRINK, SMALLEST_NORMAL
+from nadam.core.dtypes import SHRINK, SMALLEST_NORMAL
 from nadam.core.element import Flags
-from nadam.core.gradient import Check
+from nadam.core.gradient import Check, largest_passing
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.library import mathematics
 from nadam.core.scalars import Scalars
@@ -139,7 +139,7 @@ def call(
     check, complete = h.check(), len(given) == len(grads)
     checked = check is not Check.NOTHING
     passed, norms, found = True, None, None
-    if complete and (checked or (h.clips_by_norm and not steps)):
+    if complete and (checked or (h.measures_norm and not steps)):
         found = means.measure(tensors, grads, inv_scale, False, check)
         norms = None if found is None or steps else found[0]
     if checked:
@@ -160,7 +160,7 @@ def call(
 
     def updated_state(old: Outcome, running: Any) -> Outcome:
         taken = norms
-        if steps and h.clips_by_norm and complete:
+        if steps and h.measures_norm and complete:
             taken = (means.measure(old.tensors, grads, inv_scale, True, Check.NOTHING) or (None,))[0]
         state = calls // (steps or 1), old.momentum_product, old.tensors
         return update(xp, h, infos, means, Progress(*state), grads, now, inv_scale, norms=taken, running=running)
@@ -168,8 +168,9 @@ def call(
     begin = Outcome(tensors, product, *[xp.zeros_like(product)] * 2)
     tensors, product, *seen = means.when(updates, updated_state, begin)
     progress = Progress(calls + (xp.where(passed, 1, 0) if checked else 1), product, tensors)
-    norm, factor = seen if h.clips_by_norm else (None, None)
-    return progress, Measured(norm, factor, ~passed if checked else False)
+    norm, factor = seen
+    skipped = ~passed if checked else False
+    return progress, Measured(norm if h.measures_norm else None, factor if h.clips_by_norm else None, skipped)
 
 
 def decided(h: Hyperparameters, calls: Any, passed: Any) -> tuple[Any, Any]:
@@ -188,11 +189,6 @@ def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], inv_scale
         magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, inv_scale, dtype))
         passed.append(xp.all(magnitudes <= largest_passing(dtype, check)))
     return xp.all(xp.stack(passed)) if passed else xp.convert_to_tensor(True, dtype="bool")
-
-
-def largest_passing(dtype: str, check: Check) -> float:
-    """The largest magnitude that passes a check."""
-    return float(LARGEST[dtype] ** (0.5 if check is Check.SQUARES_FINITE else 1.0))
 
 
 def unscaled(xp: Any, grad: Array, like: Array, inv_scale: Any) -> Array:
@@ -220,7 +216,7 @@ def update(
     spread = 1.0 / steps if steps else inv_scale
     whole = summed(xp, tensors, grads, inv_scale)
     factors, grad_norm, factor = [spread], *[xp.zeros_like(momentum_product)] * 2
-    if h.clips_by_norm:  # a kernel takes them in float32, whatever the scalars are computed in
+    if h.measures_norm:  # a kernel takes them in float32, whatever the scalars are computed in
         taken = norms_of(xp, whole, dtype) if norms is None else xp.cast(norms, dtype)
         factors, grad_norm, factor = _clip_factors(xp, h, taken * spread, len(whole), spread)
     betas = (beta if isinstance(beta, float) else scalar(xp, beta, dtype) for beta in (now.beta1, now.beta2))
@@ -228,7 +224,7 @@ def update(
     settings = settings._replace(ema_momentum=scalar(xp, h.ema_momentum, dtype))
     t = xp.cast(updates, dtype) + 1.0
     s, product = m.scalars(settings, updates + 1, t, momentum_product, inv_scale, SMALLEST_NORMAL[dtype])
-    early = not (h.clips_by_norm or h.skip_nonfinite or steps)
+    early = not (h.measures_norm or h.skip_nonfinite or steps)
     common = list(means.barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
     everything = Pass(grads, whole, Scalars._make(common[: len(s)]), common[len(s) :], h.flags, early)
     done = means.one_pass(everything, tensors, infos)
@@ -292,6 +288,8 @@ def _clip_factors(xp: Any, h: Hyperparameters, norms: Array, count: int, spread:
     if h.global_clipnorm is not None:
         factor = m.global_clip_factor(total, h.global_clipnorm)
         return [factor * spread], total, factor
+    if h.clipnorm is None:
+        return [spread], total, xp.zeros_like(total)
     factors = m.clip_factor(norms, h.clipnorm)
     return [factors[i] * spread for i in range(count)], total, xp.min(factors)
 

@@ -49,7 +49,8 @@ def check_state(h: Hyperparameters, state: Any) -> None:
     parts = {
         "ema": (state.ema, h.use_ema),
         "accumulator": (state.accumulator, h.gradient_accumulation_steps is not None),
-        "last_step.grad_norm": (state.last_step.grad_norm, h.clips_by_norm),
+        "last_step.grad_norm": (state.last_step.grad_norm, h.measures_norm),
+        "last_step.clip_factor": (state.last_step.clip_factor, h.clips_by_norm),
     }
     for name, (part, wanted) in parts.items():
         if (part is not None) != wanted:
@@ -74,7 +75,7 @@ def new_state(h: Hyperparameters, params: Any) -> FusedState:
         return beside(params, jnp.full((), value, dtype))
 
     dtype = scalar_dtype()
-    norm, factor = (scalar(0, dtype), scalar(0, dtype)) if h.clips_by_norm else (None, None)
+    norm, factor = (scalar(0, dtype) if there else None for there in (h.measures_norm, h.clips_by_norm))
     step, skipped_steps, skipped = scalar(0, jnp.int32), scalar(0, jnp.int32), scalar(False, bool)
     return FusedState(
         count=scalar(0, jnp.int32),

@@ -107,6 +107,7 @@ def fused(
     ema_overwrite_frequency: int | None = None,
     gradient_accumulation_steps: int | None = None,
     skip_nonfinite: bool = False,
+    track_grad_norm: bool = False,
 ) -> Fused:
     """Nadam as one function ``(grads, state, params) -> (params, state)``, from the loss scale to the moving average.
 
@@ -134,6 +135,8 @@ def fused(
         gradient_accumulation_steps: An update every so many calls, with the mean of the gradients; at least 2, or None.
         skip_nonfinite: Whether a call whose gradients hold NaN, infinity or a value whose square overflows changes
             nothing but the number of skipped calls.
+        track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
+            them.
 
     Returns:
         Its functions.
@@ -156,7 +159,7 @@ def fused(
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
-    use_ema, skip_nonfinite = bool(use_ema), bool(skip_nonfinite)
+    use_ema, skip_nonfinite, track_grad_norm = map(bool, (use_ema, skip_nonfinite, track_grad_norm))
     momentum_decay = float("inf") if momentum_decay is None else momentum_decay
     h = hyperparameters(locals(), SPELLING)
     for name, value in (("b1", b1), ("b2", b2)):

@@ -9,10 +9,12 @@ from math import nan
 from typing import Any
 
 import keras
+import numpy as np
 
 from nadam.core import traced
 from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
+from nadam.core.gradient import largest_passing
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.step import StepReport
 from nadam.keras.slots import Exclusion, Slot, checked_gradient, path_of
@@ -137,9 +139,10 @@ class Backend:
         count = self._skipped(optimizer) + skipped
         calls = int(after.calls)
         norm, factor = (float(x) if x is not None and updating and not skipped else None for x in (norm, factor))
-        if h.skip_nonfinite:
+        if optimizer._report is not None:
             optimizer._report.assign([norm or 0.0, factor or 0.0, count])
-        runtime.note(calls, StepReport(calls // steps, float(now.lr), norm, factor, count, skipped))
+        name = nonfinite(h, slots, indices, grads) if skipped else None
+        runtime.note(calls, StepReport(calls // steps, float(now.lr), norm, factor, count, skipped, name))
 
     @staticmethod
     def _progress(optimizer: Optimizer, indices: Sequence[int]) -> traced.Progress:
@@ -161,31 +164,40 @@ class Backend:
 
     @staticmethod
     def _skipped(optimizer: Optimizer) -> int:
-        return int(optimizer._report.numpy()[SKIPPED]) if optimizer.skip_nonfinite else 0
+        return 0 if optimizer._report is None else int(optimizer._report.numpy()[SKIPPED])
 
-    def last_step(self, optimizer: Optimizer) -> StepReport | None:
+    def last_step(self, optimizer: Optimizer) -> StepReport:
         """What the last call did, as far as it is known outside of a compiled step: by its own report, or variables."""
-        if not optimizer.built:
-            return None
         calls, skipped = int(optimizer._iterations.numpy()), self._skipped(optimizer)
         report = optimizer._runtime.report
         if report is None or optimizer._runtime.reported_at != (calls, skipped):
-            if not calls and not skipped:
-                return None
-            norm, factor, _ = optimizer._report.numpy() if optimizer.skip_nonfinite else (0.0, 0.0, 0.0)
+            norm, factor, _ = (None, None, 0) if optimizer._report is None else optimizer._report.numpy()
             rate = optimizer._learning_rate
             if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
                 rate = rate(keras.ops.convert_to_tensor(max(calls - 1, 0)))
             elif not isinstance(rate, keras.Variable):
                 rate = nan  # it is not this one's to call the user's function once more
             updates = calls // (optimizer.gradient_accumulation_steps or 1)
-            report = StepReport(updates, rate, norm or None, factor or None, skipped)
+            report = StepReport(updates, rate, norm, factor or None, skipped)
+        h = optimizer._hyper
         norm, factor = (None if x is None else float(x) for x in (report.grad_norm, report.clip_factor))
-        if factor == 0.0 and not norm:  # what a compiled call gives that did not compute them
+        always = h.track_grad_norm and calls and not (h.skip_nonfinite or h.gradient_accumulation_steps)
+        if not factor and not norm and not always:  # what a compiled call gives that did not compute them
             norm = factor = None
         rate = report.learning_rate
         rate = float(rate.numpy() if isinstance(rate, keras.Variable) else rate)
-        return StepReport(int(report.step), rate, norm, factor, skipped, report.skipped)
+        return StepReport(int(report.step), rate, norm, factor, skipped, report.skipped, report.nonfinite_param)
+
+
+def nonfinite(h: Hyperparameters, slots: Sequence[Slot], members: Sequence[int], grads: Sequence[Any]) -> str | None:
+    """The path of the first variable whose gradient does not pass the check of these settings."""
+    for i, grad in zip(members, grads, strict=True):
+        if grad is not None:
+            largest = largest_passing(keras.backend.standardize_dtype(slots[i].exp_avg.dtype), h.check())
+            magnitudes = np.abs(np.asarray(keras.ops.convert_to_numpy(grad), np.float64)) / (h.loss_scale_factor or 1.0)
+            if not (magnitudes <= largest).all():
+                return path_of(slots[i].variable)
+    return None
 
 
 def with_absent(

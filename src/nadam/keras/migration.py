@@ -48,7 +48,7 @@ def to_stock(optimizer: Optimizer) -> Optimizer:
     Raises:
         TypeError: Something else.
         ValueError: A setting that Keras's own has not: ``momentum_decay`` other than 1, ``bias_correction``
-            other than "nadam", ``skip_nonfinite``.
+            other than "nadam", ``skip_nonfinite``, ``track_grad_norm``.
 
     Example:
         >>> to_stock(Nadam(0.01)).beta_1

@@ -17,7 +17,7 @@ from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.step import StepReport
 from nadam.core.traced import Progress
 from nadam.jax.step import XP, is_traced, means
-from nadam.keras.backends import SKIPPED, Backend, Optimizer, infos_of, with_absent
+from nadam.keras.backends import SKIPPED, Backend, Optimizer, infos_of, nonfinite, with_absent
 from nadam.keras.slots import checked_gradient
 from nadam.kernels.xla import ffi
 
@@ -48,7 +48,7 @@ class JaxBackend(Backend):
         calls = optimizer._iterations.value
         now = optimizer._now(calls)._asdict()
         before = self._progress(optimizer, indices)
-        report = optimizer._report.value if h.skip_nonfinite else None
+        report = None if optimizer._report is None else optimizer._report.value
         # Constants stay Python's floats, from which 1 - beta is computed in float64.
         constants = tuple((name, now.pop(name)) for name in ("beta1", "beta2") if not callable(getattr(h, name)))
         infos = tuple(infos_of([slots[i] for i in indices]))
@@ -56,12 +56,13 @@ class JaxBackend(Backend):
         program = _program(h, infos, constants, ffi.usable()) if traced_step else _compiled(h, infos, constants)
         after, report, norm, factor = program(before, report, grads, now)
         self._assign(optimizer, indices, before, after)
-        if h.skip_nonfinite:
+        if report is not None:
             optimizer._report.assign(report)
         if not is_traced(after.calls):
             updates = after.calls // (h.gradient_accumulation_steps or 1)
             was_skipped = bool(h.skip_nonfinite and after.calls == calls)
-            seen = StepReport(updates, now["lr"], norm, factor, self._skipped(optimizer), was_skipped)
+            name = nonfinite(h, slots, indices, grads) if was_skipped else None
+            seen = StepReport(updates, now["lr"], norm, factor, self._skipped(optimizer), was_skipped, name)
             optimizer._runtime.note(int(after.calls), seen)
 
 

@@ -109,8 +109,7 @@ class TensorFlowBackend(Backend):
         indices, padded = with_absent(h, slots, members, grads)
         absent = len(padded) - len(grads)
         infos = infos_of([slots[i] for i in indices])
-        report = optimizer._report if h.skip_nonfinite else None
-        shared = [optimizer._iterations, optimizer._momentum_product, report]
+        shared = [optimizer._iterations, optimizer._momentum_product, optimizer._report]
         replicas = len(strategy.experimental_local_results(optimizer._iterations.value))
         for replica in range(replicas):
 
@@ -169,7 +168,7 @@ def _call(
 
     def norms() -> Tensor | None:
         """Not compiled by itself: XLA on the CPU takes sums on one thread, a number at a time."""
-        if not h.clips_by_norm:
+        if not h.measures_norm:
             return None
         whole = traced.summed(xp, list(map(_read, variables.slots)), padded, inv_scale)
         return traced.norms_of(xp, whole, variables.product.dtype.name, lambda g: 2.0 * tf.nn.l2_loss(g))
@@ -203,13 +202,13 @@ def _call(
         variables.product.assign(product)
         note(*measured)
 
-    passed = True if report is None else check(grads)
+    passed = check(grads) if h.skip_nonfinite else True
     accumulates, updates = traced.decided(h, variables.iterations.read_value(), passed)
     if steps:
         _when(accumulates, accumulate, None)
     _when(updates, update, None)
     variables.iterations.assign_add(tf.cast(passed, variables.iterations.dtype))
-    if report is not None:
+    if report is not None and h.skip_nonfinite:
         report.assign_add(tf.where(passed, tf.zeros(3, report.dtype), tf.one_hot(SKIPPED, 3, dtype=report.dtype)))
 
 

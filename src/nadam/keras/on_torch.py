@@ -17,7 +17,7 @@ from nadam.core.scalars import averaging
 from nadam.core.step import Bucket, StepReport, step
 from nadam.keras import on_torch_gpu
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
-from nadam.keras.backends import Backend, Optimizer
+from nadam.keras.backends import Backend, Optimizer, nonfinite
 from nadam.keras.slots import checked_gradient
 from nadam.torch import memory
 
@@ -94,7 +94,7 @@ class TorchBackend(Backend):
             with torch.no_grad():
                 optimizer._iterations._value.fill_(runtime.counters.calls)
                 optimizer._momentum_product._value.fill_(runtime.counters.momentum_product)
-                if optimizer.skip_nonfinite:
+                if optimizer._report is not None:
                     optimizer._report._value[SKIPPED_STEPS] = runtime.counters.skipped
             runtime.unsynced = False
 
@@ -116,12 +116,14 @@ class TorchBackend(Backend):
         finally:
             self.sync_counters(optimizer)
             increment_version(call.values)
+        if report.skipped:
+            report = report._replace(nonfinite_param=nonfinite(h, runtime.slots, members, grads))
         updated = not report.skipped and (steps is None or (count + 1) % steps == 0)
         if steps is not None and not report.skipped:
             runtime.note_seen(count, members, updated)
         if updated:
             _constrain(optimizer, call, report)
-        if h.skip_nonfinite:
+        if optimizer._report is not None:
             optimizer._report.assign([report.grad_norm or 0.0, report.clip_factor or 0.0, report.skipped_steps])
         runtime.note(counters.calls, report)
 

@@ -50,16 +50,16 @@ def step(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]) -> 
     rate, beta1, beta2 = _now(optimizer)
     counters[CALLS].copy_(iterations)
     counters[MOMENTUM_PRODUCT].copy_(product)
-    if h.skip_nonfinite:
+    if optimizer._report is not None:
         counters[SKIPPED].copy_(optimizer._report._value[SKIPPED_STEPS])
     bucket = on_gpu().Bucket(plan, h, rate, beta1, beta2)
     report = on_gpu().step([bucket], loss_scale=h.loss_scale_factor or 1.0)
     increment_version([param.detach() for param in params])
     iterations.copy_(counters[CALLS])
     product.copy_(counters[MOMENTUM_PRODUCT])
-    if h.skip_nonfinite:
+    if optimizer._report is not None:
         optimizer._report._value.copy_(report.numbers())
-        if h.clipnorm is None and h.global_clipnorm is None:
+        if not h.clips_by_norm:
             optimizer._report._value[CLIP_FACTOR].zero_()
     runtime.report, runtime.reported_at = report, Reported(counters)
     return True

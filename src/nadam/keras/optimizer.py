@@ -21,7 +21,7 @@ Number = float | Callable[[], float]
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 EXCLUDED = "excluded_from_weight_decay"  # in a config: patterns
 # Settings that Keras's own has not, with their defaults, which a config leaves out.
-OWN = {"momentum_decay": 1.0, "bias_correction": "nadam", "skip_nonfinite": False}
+OWN = {"momentum_decay": 1.0, "bias_correction": "nadam", "skip_nonfinite": False, "track_grad_norm": False}
 
 
 @saving.register_keras_serializable(package="nadam")
@@ -57,6 +57,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
+        track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
+            them.
 
     Raises:
         ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
@@ -93,6 +95,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         momentum_decay: float = 1.0,
         bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
     ) -> None:
         hyper = hyperparameters({name: plain(value) for name, value in locals().items()})
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
@@ -104,6 +107,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             initializer = keras.initializers.Constant(hyper.lr)
             self._learning_rate: Any = self.add_variable((), initializer, name="learning_rate", **kind)
         self._runtime = Runtime()
+        self._report: Any = None  # the variable of that name, where a setting asks for it
 
     def __setattr__(self, name: str, value: Any) -> None:
         """For a setting, the value of a variable: Keras would take the variable itself for one of the optimizer's."""
@@ -139,7 +143,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         """The optimizer's variables in Keras's order.
 
         iteration, learning_rate (absent for a schedule or callable), averages, accumulators, per variable first and
-        second moment, momentum product; last, with ``skip_nonfinite``, what the last step reports.
+        second moment, momentum product; last, with ``skip_nonfinite`` or ``track_grad_norm``, what the last step
+        reports.
         """
         backend.sync_counters(self)
         return list(super().variables)
@@ -151,11 +156,11 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         return super().iterations
 
     @property
-    def last_step(self) -> StepReport | None:
-        """What the last call did; None before the first.
+    def last_step(self) -> StepReport:
+        """What the last call did; before the first, where the run stands.
 
         Out of a compiled step of JAX or TensorFlow come only the optimizer's variables: norm and clip factor are then
-        None, unless ``skip_nonfinite`` is set, which gives them a variable.
+        None, unless ``track_grad_norm`` or ``skip_nonfinite`` is set, which give them a variable.
         """
         return backend.last_step(self)
 

@@ -104,7 +104,7 @@ def build(optimizer: Optimizer, variables: list[Variable], backend: Any) -> None
     kept["_momentums"], kept["_velocities"] = map(list, zip(*moments, strict=True)) if moments else ([], [])
     scalars = "float64" if "float64" in dtypes else "float32" if any(dtypes) else COMPUTE_DTYPE[keras.config.floatx()]
     optimizer._momentum_product = optimizer.add_variable((), "ones", scalars, name="momentum_product")
-    if optimizer.skip_nonfinite:
+    if optimizer.skip_nonfinite or optimizer.track_grad_norm:
         optimizer._report = optimizer.add_variable((3,), "zeros", scalars, name="report")
     decays = map(optimizer._use_weight_decay, variables)
     parts = zip(variables, moments, averages, accumulators, decays, strict=True)

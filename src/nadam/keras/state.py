@@ -58,7 +58,7 @@ def labels(optimizer: Optimizer) -> list[Label]:
         *each("accumulator", "gradient_accumulator"),
         *each("exp_avg", "momentum", "velocity"),
         *[Label(PRODUCT)] * optimizer.built,
-        *[Label(REPORT)] * (optimizer.built and optimizer.skip_nonfinite),
+        *[Label(REPORT)] * (optimizer.built and optimizer._report is not None),
     ]
 
 

@@ -83,7 +83,7 @@ class LossScaleOptimizer(Closed):
         return self.inner_optimizer.iterations
 
     @property
-    def last_step(self) -> StepReport | None:
+    def last_step(self) -> StepReport:
         """The inner optimizer's."""
         return self.inner_optimizer.last_step
 

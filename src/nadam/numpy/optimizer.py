@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,11 @@ class Nadam(Configured, Closed):
             that of this step: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf, timm and TensorFlow 1.
         skip_nonfinite: Whether a call with NaN, infinity or a value whose square overflows in the gradients changes
             nothing but ``last_step.skipped_steps``.
+        track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
+            them.
 
     Attributes:
         built: Whether the optimizer knows its arrays.
-        last_step: What the last call did (`StepReport`); None before the first.
 
     Raises:
         ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
@@ -71,7 +73,7 @@ class Nadam(Configured, Closed):
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
 
-    _own = ("name", "last_step")
+    _own = ("name",)
 
     @known_arguments(ValueError)
     def __init__(
@@ -94,10 +96,11 @@ class Nadam(Configured, Closed):
         momentum_decay: float = 1.0,
         bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
     ) -> None:
         self._hyper = hyperparameters(locals())
         self.name = name
-        self.last_step: StepReport | None = None
+        self._last_step: StepReport | None = None
         self._parameters: Parameters | None = None
         self._exclusion = Exclusion([], [])
         self._exclusive = Exclusive()
@@ -106,6 +109,18 @@ class Nadam(Configured, Closed):
     def built(self) -> bool:
         """Whether the optimizer knows its arrays."""
         return self._parameters is not None
+
+    @property
+    def last_step(self) -> StepReport:
+        """What the last call did; before the first, where the run stands.
+
+        The learning rate is then NaN where a callable gives it, which is not called once more for this.
+        """
+        if self._last_step is not None:
+            return self._last_step
+        called = callable(self._hyper.lr) and not is_schedule(self._hyper.lr)
+        skipped = 0 if self._parameters is None else self._parameters.counters.skipped
+        return StepReport(self.iterations, nan if called else self.learning_rate, None, None, skipped)
 
     @property
     def iterations(self) -> int:
@@ -237,10 +252,14 @@ class Nadam(Configured, Closed):
                 raise ValueError("variables: expected the arrays to train, on the first call or in build() before it")
             parameters = self._prepared(variables)
         now = self._hyper.at(parameters.counters.calls)
-        plan, _held = parameters.plan(grads, variables)
+        plan, held = parameters.plan(grads, variables)
         self._parameters = parameters
         bucket = Bucket(self._hyper, now, parameters.counters, plan)
-        self.last_step = report = step([bucket], loss_scale=loss_scale, must_be_finite=must_be_finite)
+        report = step([bucket], loss_scale=loss_scale, must_be_finite=must_be_finite)
+        if report.skipped:
+            name = parameters.nonfinite(plan.members, held, 1.0 / loss_scale, self._hyper.check(must_be_finite))
+            report = report._replace(nonfinite_param=name)
+        self._last_step = report
         return not report.skipped
 
     def scale_loss(self, loss: Any) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nadam.core.counters import Counters
 from nadam.core.dtypes import COMPUTE_DTYPE
+from nadam.core.gradient import Check, largest_passing
 from nadam.numpy.plans import FORMATS, CachedPlan, Parameter, check_memory
 
 if TYPE_CHECKING:
@@ -153,6 +154,15 @@ class Parameters:
         if known.reusable and len(members) == len(self.entries):
             self._complete = known
         return known.plan, arrays
+
+    def nonfinite(self, members: NDArray[np.int64], grads: Any, inv_scale: float, check: Check) -> str | None:
+        """The name of the first parameter whose gradient, of those that a plan was made for, does not pass a check."""
+        for place, entry in enumerate(self.entries[i] for i in members):
+            grad = grads[entry.name] if isinstance(grads, Mapping) else grads[place]
+            wide = np.asarray(grad).astype("complex128" if np.iscomplexobj(grad) else "float64")
+            if not (np.abs(wide) * inv_scale <= largest_passing(entry.exp_avg.real.dtype.name, check)).all():
+                return str(entry.name)
+        return None
 
     def _paired(self, grads: Any, variables: Any) -> tuple[NDArray[np.int64], list[Any], list[object]]:
         """Which parameters have a gradient, the gradients, and what the caller calls them."""

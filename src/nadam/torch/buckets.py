@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nadam.core.gradient import Check, largest_passing
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.strides import LARGE, SHIFT
 from nadam.torch.memory import FORMATS
-from nadam.torch.sharding import is_sharded, local
+from nadam.torch.sharding import is_sharded, local, local_gradient
 
 State = dict[str, Any]
 Groups = Sequence[dict[str, Any]]
@@ -103,8 +104,24 @@ def check_trainable(params: Sequence[Tensor]) -> None:
 
 
 def name_of(groups: Groups, index: int, place: int) -> str:
-    """What messages call a parameter."""
+    """What messages and reports call a parameter: its name, where the optimizer was given named parameters."""
+    named = groups[index].get("param_names")
+    if named is not None:
+        return str(named[place])
     return f"params[{place}]" if len(groups) == 1 else f"param_groups[{index}]['params'][{place}]"
+
+
+def nonfinite(groups: Groups, inv_scale: float, check: Check) -> str | None:
+    """The name of the first parameter whose gradient, in this process, does not pass a check."""
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            largest = largest_passing(str(STATE_DTYPES.get(param.dtype, param.dtype).to_real())[6:], check)
+            magnitudes = local_gradient(param, param.grad).abs().double() * inv_scale
+            if not bool((magnitudes <= largest).all()):
+                return name_of(groups, index, place)
+    return None
 
 
 def entry(state: Any, param: Tensor, h: Hyperparameters, options: StateOptions) -> dict[str, Any]:

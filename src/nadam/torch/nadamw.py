@@ -48,6 +48,7 @@ class NAdamW(NAdam):
         ema_overwrite_frequency: Every so many updates the parameters take their averages.
         gradient_accumulation_steps: An update every so many calls of `step`.
         skip_nonfinite: Whether a step whose gradients are not finite changes nothing.
+        track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping.
         remainder: Whether to keep the 16 bits by which a bfloat16 parameter differs from a float32 one.
         exp_avg_dtype: torch.bfloat16 to keep first moments in two bytes.
         seed: Of their stochastic rounding.
@@ -93,6 +94,7 @@ class NAdamW(NAdam):
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
         remainder: bool = False,
         exp_avg_dtype: dtype | None = None,
         seed: int = 0,
@@ -118,6 +120,7 @@ class NAdamW(NAdam):
             ema_overwrite_frequency=ema_overwrite_frequency,
             gradient_accumulation_steps=gradient_accumulation_steps,
             skip_nonfinite=skip_nonfinite,
+            track_grad_norm=track_grad_norm,
             remainder=remainder,
             exp_avg_dtype=exp_avg_dtype,
             seed=seed,

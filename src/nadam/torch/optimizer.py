@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from nadam.core.counters import Counters
 from nadam.core.exclusive import Exclusive
+from nadam.core.gradient import Check
 from nadam.core.hyperparameters import BiasCorrection
 from nadam.core.names import known_arguments, refuse
 from nadam.core.step import StepReport, step
@@ -63,6 +64,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
             ``1 - mu_product``, as the second: with ``momentum_decay`` infinite that is the Nadam of AlgoPerf and timm.
         skip_nonfinite: Whether a step whose gradients hold NaN, infinity or a value whose square overflows changes
             nothing but ``last_step.skipped_steps``.
+        track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
+            them.
         remainder: Whether to keep, beside each bfloat16 parameter, the 16 bits by which it differs from a float32 one:
             it then moves as a float32 parameter would.
         exp_avg_dtype: torch.bfloat16 to keep the first moments of all but float64 and complex parameters in two bytes,
@@ -112,6 +115,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         ema_overwrite_frequency: int | None = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
+        track_grad_norm: bool = False,
         bias_correction: BiasCorrection = "nadam",
         remainder: bool = False,
         exp_avg_dtype: torch.dtype | None = None,
@@ -134,9 +138,18 @@ class NAdam(Optimizer):  # type: ignore[misc]
         given = self._settings, self._options, steps, type(self).__name__
         self._buckets, self._gpu = BucketCache(*given), gpu.GpuBucketCache(*given)
         self._position = self._skipped = 0  # calls since the last update, and those that were skipped
-        self.last_step: StepReport | None = None
+        self._last_step: Any = None  # StepReport, or the DeviceReport of a GPU
         self._counting: Counters | None = None  # of an accumulating step at work
         self._exclusive = Exclusive()
+
+    @property
+    def last_step(self) -> StepReport:
+        """What the last step did; before the first, where the run stands. A GPU is asked when somebody looks at it."""
+        if self._last_step is not None:
+            return self._last_step  # type: ignore[no-any-return]
+        params = (param for group in self.param_groups for param in group["params"])
+        steps = (self.state[param]["step"] for param in params if self.state.get(param))
+        return StepReport(int(next(steps, 0)), float(self.param_groups[0]["lr"]), None, None, self._counters()[1])
 
     def _of_all(self) -> dict[str, Any]:
         """The settings of the whole optimizer."""
@@ -218,7 +231,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             if done is not None:
                 report, params, self._position, self._skipped = done
                 if report is not None:
-                    self.last_step = report
+                    self._last_step = report
                     increment_version(params)
                     self._buckets.forget()
                 return
@@ -227,8 +240,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._gpu.forget()
         if found is not None and float(found):
             self._skipped += 1
-            updates, rate = self.last_step.step if self.last_step else 0, float(self.param_groups[0]["lr"])
-            self.last_step = StepReport(updates, rate, None, None, self._skipped, skipped=True)
+            rate, name = float(self.param_groups[0]["lr"]), buckets.nonfinite(self.param_groups, 1.0, Check.FINITE)
+            self._last_step = StepReport(self.last_step.step, rate, None, None, self._skipped, True, name)
             return
         moving, params = self._buckets.now(self.param_groups, self.state, self._position)
         if not moving:
@@ -243,8 +256,11 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._sync_counters()
             self._counting = None
             self._buckets.release()
-        self._skipped += report.skipped
-        self.last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
+        if report.skipped:
+            self._skipped += 1
+            name = buckets.nonfinite(self.param_groups, 1.0 / loss_scale, moving[0].h.check())
+            report = report._replace(nonfinite_param=name)
+        self._last_step = report._replace(skipped_steps=self._skipped) if self._skipped else report
 
     def _sync_counters(self) -> None:
         """Take over the calls since the last update, which the kernel counts; also after an interrupted step."""

@@ -35,6 +35,7 @@ EXTRAS = {
     "ema_overwrite_frequency": None,
     "gradient_accumulation_steps": None,
     "skip_nonfinite": False,
+    "track_grad_norm": False,
     "bias_correction": "nadam",
 }
 STATE_OPTIONS = {"remainder": False, "exp_avg_dtype": None, "seed": 0}

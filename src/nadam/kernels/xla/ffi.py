@@ -17,8 +17,8 @@ import jax
 from jax import numpy as jnp
 
 from nadam.core.dtypes import COMPUTE_DTYPE
-from nadam.core.gradient import Check
-from nadam.core.traced import ParamInfo, Pass, Tensor, dtype_of, largest_passing
+from nadam.core.gradient import Check, largest_passing
+from nadam.core.traced import ParamInfo, Pass, Tensor, dtype_of
 from nadam.kernels.cpu import machine_code
 from nadam.kernels.layout import CHUNK, CHUNK_COLUMNS, COLUMNS
 

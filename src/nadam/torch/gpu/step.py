@@ -95,7 +95,7 @@ def measured(
     """Read the gradients once, where anything asks for that."""
     h = buckets[0].h
     check = h.check(must_be_finite)
-    if check is Check.NOTHING and not h.clips_by_norm:
+    if check is Check.NOTHING and not h.measures_norm:
         return None
     each = each or h.clipnorm is not None
     device = buckets[0].plan.device
