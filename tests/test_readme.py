@@ -43,9 +43,12 @@ def test_the_chart_has_the_figures_of_the_tables(monkeypatch):
     assert json.dumps(panels) in chart, "python examples/draw_loops.py --out docs/images"
 
 
-@pytest.mark.parametrize("page", ["index", "torch", "jax"])
-def test_the_python_in_the_documentation_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip({"index": "numpy"}.get(page, page))
+@pytest.mark.parametrize(
+    ("page", "needs"), [("index", []), ("torch", ["torch"]), ("jax", ["jax"]), ("watching", ["torch", "jax"])]
+)
+def test_the_python_in_the_documentation_runs(page, needs, tmp_path, monkeypatch):
+    for package in needs:
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
     assert blocks

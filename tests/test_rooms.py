@@ -17,6 +17,7 @@ BELOW = {
     "kernels": {"core"},
     "checkpoint": set(),
     "conformance": set(),
+    "watch": {"core"},
     "numpy": {"core", "kernels"},
     "torch": {"core", "kernels"},
     "jax": {"core", "kernels"},
