@@ -54,7 +54,7 @@ class CSV:
             self._file = self._opened(list(row))
         elif list(row) != self._columns:
             raise ValueError(self._difference(self._columns, list(row)))
-        self._file.write(_line(row.values()))
+        self._write(row.values())
         self._file.flush()
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class CSV:
                 file.truncate(len(whole.encode()))
             if not whole:
                 file.write(header)
-            self._columns = columns
+            self._columns, self._write = columns, csv.writer(file, lineterminator="\n").writerow
         except BaseException:
             file.close()
             raise
