@@ -200,6 +200,8 @@ def as_number(name: str, value: Any) -> float:
         >>> as_number("lr", 1)
         1.0
     """
+    if type(value) is float:  # as of a scheduler, at each step
+        return value
     is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     if not (is_bool or isinstance(value, (str, bytes, complex))) and getattr(value, "shape", ()) == ():
         try:
