@@ -147,7 +147,7 @@ def test_a_value_that_cannot_be_saved_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-SUBMODULES = ["torch", "keras", "jax", "schedules", "checkpoint", "conformance"]
+SUBMODULES = ["torch", "keras", "jax", "schedules", "checkpoint", "conformance", "watch"]
 
 
 @pytest.mark.parametrize("name", SUBMODULES)

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nadam import checkpoint, conformance, jax, keras, torch  # noqa: F401
+    from nadam import checkpoint, conformance, jax, keras, torch, watch  # noqa: F401
     from nadam.core import schedules
     from nadam.kernels.cpu.threads import get_num_threads, set_num_threads
     from nadam.numpy import LossScaleOptimizer, Nadam, StepReport
@@ -36,7 +36,7 @@ _HOMES = {
 # Those of frameworks are in no listing, or whoever goes through it would import them.
 _MODULES = {
     "schedules": "nadam.core.schedules",
-    **{name: f"nadam.{name}" for name in ("checkpoint", "conformance", "jax", "keras", "torch")},
+    **{name: f"nadam.{name}" for name in ("checkpoint", "conformance", "jax", "keras", "torch", "watch")},
 }
 
 if not TYPE_CHECKING:  # to which any name would be right then

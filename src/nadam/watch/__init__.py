@@ -33,10 +33,11 @@ _HOMES = {
     "TransformersCallback": "nadam.watch.on_transformers",
 }
 
+if not TYPE_CHECKING:  # to which any name would be right then
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nadam.watch' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'nadam.watch' has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
