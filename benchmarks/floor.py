@@ -179,3 +179,19 @@ class Floor:
     def point_to(self, column: int, arrays: Sequence[Array]) -> None:
         """Take other arrays of the same sizes."""
         self._rows[:, column] = [address(array) for array in arrays]
+
+
+def floor_step(
+    params: Sequence[Array], kind: str, default_threads: Callable[[], int] | None = None
+) -> Callable[[Sequence[Array]], None]:
+    """What moves the bytes of a step of float32, called with the gradients, which may be others each time."""
+    state = [[param * 0 for param in params] for _ in range(3 if kind == "full" else 2)]
+    made: list[Floor] = []
+
+    def step(grads: Sequence[Array]) -> None:
+        if not made:
+            made.append(Floor([params, grads, *state], kind, "float32", default_threads))
+        made[0].point_to(1, grads)
+        made[0].forms["one loop"]()
+
+    return step

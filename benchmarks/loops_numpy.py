@@ -18,7 +18,7 @@ import numpy as np
 
 import nadam
 from benchmarks.cases import Array
-from benchmarks.floor import Floor
+from benchmarks.floor import floor_step
 from benchmarks.loops import DENSE, Sample, full_settings, report
 from benchmarks.reference import NumpyNadam
 
@@ -70,22 +70,8 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
     return {
         "ours": loop(ours),
         "NumPy": loop(lambda params: NumpyNadam(params, np.float32, kind == "full").step),
-        "floor": loop(lambda params: floor(params, kind)),
+        "floor": loop(lambda params: floor_step(params, kind)),
     }
-
-
-def floor(params: list[Array], kind: str) -> Callable[[list[Array]], None]:
-    """What moves the bytes of a step."""
-    state = [[param * 0 for param in params] for _ in range(3 if kind == "full" else 2)]
-    made: list[Floor] = []
-
-    def step(grads: list[Array]) -> None:
-        if not made:
-            made.append(Floor([params, grads, *state], kind, "float32"))
-        made[0].point_to(1, grads)
-        made[0].forms["one loop"]()
-
-    return step
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.floor import Floor
+from benchmarks.floor import floor_step
 from benchmarks.loops import CONVOLUTIONS, DENSE, TRANSFORMER, Sample, full_settings, report
 from nadam.torch import NAdam
 
@@ -101,18 +101,8 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
 
 def floor(params: list[nn.Parameter], kind: str) -> Callable[[], None]:
     """What moves the bytes of a step."""
-    arrays = [param.detach().numpy() for param in params]
-    state = [[array * 0 for array in arrays] for _ in range(3 if kind == "full" else 2)]
-    made: list[Floor] = []
-
-    def step() -> None:
-        grads = [param.grad.numpy() for param in params]
-        if not made:
-            made.append(Floor([arrays, grads, *state], kind, "float32", torch.get_num_threads))
-        made[0].point_to(1, grads)
-        made[0].forms["one loop"]()
-
-    return step
+    move = floor_step([param.detach().numpy() for param in params], kind, torch.get_num_threads)
+    return lambda: move([param.grad.numpy() for param in params])
 
 
 if __name__ == "__main__":

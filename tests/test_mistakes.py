@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -130,15 +131,27 @@ def test_a_generator_of_parameters(given):
 def test_an_exclusion_that_fits_nothing(excluded, message):
     optimizer = nadam.Nadam(weight_decay=0.1)
     optimizer.exclude_from_weight_decay(**excluded)
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as seen:
         optimizer.build(named())
+    assert seen[0].filename == __file__
     assert optimizer.built
+
+
+def test_the_warning_is_of_the_line_that_builds():
+    optimizer = nadam.Nadam(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["norm"])
+    with pytest.warns(UserWarning, match="norm") as seen:
+        optimizer.apply(list(named().values()), list(named().values()))
+    assert seen[0].filename == __file__
 
 
 def test_an_exclusion_of_which_a_part_fits():
     optimizer = nadam.Nadam(weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["b", "norm"])
-    optimizer.build(named())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.build(named())
+    assert optimizer.built
 
 
 def test_a_value_that_cannot_be_saved_is_named(tmp_path):

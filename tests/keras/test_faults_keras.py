@@ -380,8 +380,9 @@ def test_an_exclusion_that_fits_nothing(kind, given):
     optimizer.exclude_from_weight_decay(**{kind: given})
     named = given if kind == "var_names" else [given[0].path]
     message = f"{kind}={named}: not among the variables {[v.path for v in variables]}"
-    with pytest.warns(UserWarning, match=re.escape(message)):
+    with pytest.warns(UserWarning, match=re.escape(message)) as seen:
         optimizer.build(variables)
+    assert seen[0].filename == __file__
     part = nadam.keras.Nadam(weight_decay=0.1)
     part.exclude_from_weight_decay(**{kind: [*given, variables[0].path if kind == "var_names" else variables[0]]})
     part.build(variables)

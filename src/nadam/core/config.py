@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Self
@@ -102,6 +103,18 @@ class Configured:
     def __repr__(self) -> str:
         shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in FIELDS)
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def warn_of_unused(patterns: list[str], names: list[str], others: list[str], what: str) -> None:
+    """Warn, at the user's line, of exclusions from weight decay that exclude nothing: patterns, and others as told."""
+    fitting = any(re.search(pattern, name) for pattern in patterns for name in names)
+    unused = [f"var_names={patterns}"] * bool(patterns and not fitting) + others
+    if unused:
+        given = "; ".join(unused)
+        frame, level = sys._getframe(), 1
+        while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("nadam", "keras"):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"exclude_from_weight_decay: {given}: not among the {what} {names}", stacklevel=level)
 
 
 # Other hosts' names, which nothing here would read.

@@ -284,8 +284,9 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that Keras can save.
 
-        ``momentum_decay``, ``bias_correction``, ``skip_nonfinite`` and the exclusions from weight decay, which Keras's
-        own forgets, are left out where there is nothing to say: keras.optimizers.Nadam then takes the config as well.
+        What Keras's own has not (``momentum_decay``, ``bias_correction``, ``skip_nonfinite``, ``track_grad_norm``) or
+        forgets, the exclusions from weight decay, is left out where there is nothing to say: keras.optimizers.Nadam
+        then takes the config as well.
         """
         rate = self._learning_rate
         config = super(Configured, self).get_config()

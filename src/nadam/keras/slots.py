@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 
+from nadam.core.config import warn_of_unused
 from nadam.core.dtypes import COMPUTE_DTYPE
 
 Optimizer = Any
@@ -54,14 +54,9 @@ class Exclusion:
 
     def warn_of_unused(self, variables: list[Variable], key_of: Callable[[Variable], Any]) -> None:
         """Warn where patterns or variables exclude nothing: what was meant would decay all the same."""
-        paths, known = list(map(path_of, variables)), set(map(key_of, variables))
-        fitting = any(re.search(pattern, path) for pattern in self.patterns for path in paths)
-        unused = [f"var_names={self.patterns}"] * bool(self.patterns and not fitting)
-        if self.variables and known.isdisjoint(map(key_of, self.variables)):
-            unused.append(f"var_list={list(map(path_of, self.variables))}")
-        if unused:
-            given = "; ".join(unused)
-            warnings.warn(f"exclude_from_weight_decay: {given}: not among the variables {paths}", stacklevel=7)
+        none = set(map(key_of, variables)).isdisjoint(map(key_of, self.variables))
+        strangers = [f"var_list={list(map(path_of, self.variables))}"] * bool(self.variables and none)
+        warn_of_unused(self.patterns, list(map(path_of, variables)), strangers, "variables")
 
     def as_patterns(self) -> list[str]:
         """All of it as patterns, with and without the model's name, which Keras leaves out when it loads the model."""

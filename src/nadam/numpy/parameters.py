@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.config import warn_of_unused
 from nadam.core.counters import Counters
 from nadam.core.dtypes import COMPUTE_DTYPE
 from nadam.core.gradient import Check, largest_passing
@@ -42,13 +42,9 @@ class Exclusion:
 
     def warn_of_unused(self, arrays: Mapping[str, Array]) -> None:
         """Warn where the patterns fit no parameter, or an array is none: what was meant would decay all the same."""
-        fitting = any(re.search(pattern, name) for pattern in self.patterns for name in arrays)
-        unused = [f"var_names={self.patterns}"] * bool(self.patterns and not fitting)
         known = set(map(id, arrays.values()))
-        unused += [f"var_list, an array of shape {each.shape}" for each in self.arrays if id(each) not in known]
-        if unused:
-            given = "; ".join(unused)
-            warnings.warn(f"exclude_from_weight_decay: {given}: not among the parameters {list(arrays)}", stacklevel=7)
+        strangers = [f"var_list, an array of shape {each.shape}" for each in self.arrays if id(each) not in known]
+        warn_of_unused(self.patterns, list(arrays), strangers, "parameters")
 
 
 def _zeros(array: Array, dtype: np.dtype[Any], place: int) -> Array:
