@@ -15,7 +15,7 @@ ROOT = Path(nadam.__file__).parent
 BELOW = {
     "core": set(),
     "kernels": {"core"},
-    "checkpoint": set(),
+    "checkpoint": {"core"},
     "conformance": set(),
     "watch": {"core"},
     "numpy": {"core", "kernels"},

@@ -60,6 +60,22 @@ class Host:
         with self.surroundings():
             return {name: [np.array(value) for value in values] for name, values in self._state().items() if values}
 
+    def save(self, path):
+        """Write the optimizer's state and the parameters to a file."""
+        from nadam import checkpoint
+
+        with self.surroundings():
+            checkpoint.save(path, self._stateful(), self._named())
+
+    def load(self, path):
+        """Go on from a file that any host has written, whose parameters are in the same order."""
+        from nadam import checkpoint
+
+        own = list(self._named())
+        with self.surroundings():
+            made = checkpoint.load(path, self._stateful(), self._named(), rename=lambda n: own[int(n.strip("p"))])
+            self._resumed(*made)
+
     def report(self):
         """What the last step did, in numbers of Python; None where the host does not say."""
         with self.surroundings():
@@ -75,6 +91,17 @@ class Host:
 
     def _last_step(self):
         return self.optimizer.last_step
+
+    def _stateful(self):
+        """What has the state."""
+        return self.optimizer
+
+    def _named(self):
+        """The parameters by name."""
+        return {str(i): param for i, param in enumerate(self.params)}
+
+    def _resumed(self, optimizer, params):
+        """After loading."""
 
 
 def spelled(settings, **names):

@@ -51,7 +51,7 @@ class Jax(Host):
             jitted = jax.jit(lambda scale, *given: step(*given, loss_scale=scale), donate_argnums=(2, 3))
             self.program = lambda *given: jitted(scale, *given)
         self.params = jax.tree.map(jax.numpy.array, params)
-        self.kept = optimizer.init(self.params)
+        self.optimizer, self.kept = optimizer, optimizer.init(self.params)
 
     @staticmethod
     def spelled(settings, count):
@@ -71,6 +71,12 @@ class Jax(Host):
 
     def _last_step(self):
         return self.kept.last_step
+
+    def _stateful(self):
+        return self.optimizer, self.kept
+
+    def _resumed(self, state, params):
+        self.kept, self.params = state, list(params.values())
 
 
 class JaxTransform(Jax):
@@ -93,7 +99,7 @@ class JaxTransform(Jax):
 
         self.program = jax.jit(program)
         self.params = jax.tree.map(jax.numpy.array, params)
-        self.kept = optimizer.init(self.params)
+        self.optimizer, self.kept = optimizer, optimizer.init(self.params)
 
     def _state(self):
         moments = self.kept[0]

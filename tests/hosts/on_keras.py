@@ -101,6 +101,9 @@ class Keras(Host):
         skipped = [0 if last is None else last.skipped_steps]
         return {**{name: map(_value, values) for name, values in found.items()}, "skipped": skipped}
 
+    def _named(self):
+        return {variable.path: variable for variable in self.params}
+
 
 def is_schedule(value):
     """Whether a learning rate is computed from the number of calls."""

@@ -91,6 +91,11 @@ class Torch(Host):
         skipped = [groups[0].get("skipped_steps", 0)]
         return {"params": map(from_torch, self.params), **kept, "calls": calls, "skipped": skipped}
 
+    def _resumed(self, optimizer, params):
+        group = optimizer.state_dict()["param_groups"][0]
+        steps = self.settings.get("gradient_accumulation_steps") or 1
+        self.calls = int(optimizer.last_step.step) * steps + group.get("accumulation_position", 0)
+
     def _last_step(self):
         last = self.optimizer.last_step
         return last.read() if hasattr(last, "read") else last

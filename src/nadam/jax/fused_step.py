@@ -38,11 +38,15 @@ class Fused(NamedTuple):
             function that takes params and state, donated, in the order in which it returns them, nothing is copied.
             ``learning_rate`` takes the place of the one that was set; the gradients are divided by ``loss_scale``.
         finalize: (state, params) -> params: their moving averages, with ``use_ema``.
+        settings: What it was made with, checked.
+        mask: Which parameters decay, as it was given.
     """
 
     init: Callable[[Any], FusedState]
     step: Callable[..., tuple[Any, FusedState]]
     finalize: Callable[[FusedState, Any], Any]
+    settings: Hyperparameters
+    mask: Any
 
     @property
     def update(self) -> NoReturn:
@@ -200,7 +204,7 @@ def fused(
             raise RuntimeError("use_ema=False: there is no moving average")
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
-    return Fused(partial(new_state, h), step, finalize)
+    return Fused(partial(new_state, h), step, finalize, h, mask)
 
 
 @cache

@@ -50,7 +50,7 @@ def from_optax(
         >>> int(state.count)
         0
     """
-    theirs, ours = _the_one(state, optax.ScaleByAdamState, "state"), _the_one(like, _OURS, "like")
+    theirs, ours = the_one(state, "state", optax.ScaleByAdamState), the_one(like, "like")
     treedef = jax.tree.structure(ours.mu)
     moments = {}
     for name in ("mu", "nu"):
@@ -76,7 +76,7 @@ def from_optax(
         steps = gradient_accumulation_steps or 1
         fields["count"] = jnp.int32(min(updates, LAST_COUNT // steps) * steps)
         fields["last_step"] = ours.last_step._replace(step=jnp.int32(updates))
-    return _replaced(like, ours._replace(**fields))
+    return replaced(like, ours._replace(**fields))
 
 
 def to_optax(state: Any, params: Any = None) -> Any:
@@ -93,7 +93,7 @@ def to_optax(state: Any, params: Any = None) -> Any:
     Raises:
         ValueError: There is none of our states in it; gradients have been accumulated in it.
     """
-    ours = _the_one(state, _OURS, "state")
+    ours = the_one(state, "state")
     mu, nu = ours.mu, ours.nu
     if params is not None:
         check_trainable(params, or_complex=True)
@@ -102,13 +102,14 @@ def to_optax(state: Any, params: Any = None) -> Any:
         if ours.accumulator is not None and any(bool(leaf.any()) for leaf in jax.tree.leaves(ours.accumulator)):
             raise ValueError("state: it holds gradients of a window that has not ended, which optax's has no place for")
         return optax.ScaleByAdamState(count=ours.last_step.step, mu=mu, nu=nu)
-    return _replaced(state, optax.ScaleByAdamState(count=ours.count, mu=mu, nu=nu))
+    return replaced(state, optax.ScaleByAdamState(count=ours.count, mu=mu, nu=nu))
 
 
 _OURS = (NadamState, FusedState, optax.ScaleByAdamState)
 
 
-def _the_one(tree: Any, kinds: Any, name: str) -> Any:
+def the_one(tree: Any, name: str, kinds: Any = _OURS) -> Any:
+    """The only state of such kinds in a tree."""
     found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is(kinds)) if isinstance(leaf, kinds)]
     if len(found) != 1:
         names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
@@ -116,8 +117,14 @@ def _the_one(tree: Any, kinds: Any, name: str) -> Any:
     return found[0]
 
 
-def _replaced(tree: Any, new: Any) -> Any:
-    return jax.tree.map(lambda leaf: new if isinstance(leaf, _OURS) else leaf, tree, is_leaf=_is(_OURS))
+def replaced(tree: Any, new: Any) -> Any:
+    """A tree with another state in the place of its own."""
+    return jax.tree.map(lambda leaf: new if is_ours(leaf) else leaf, tree, is_leaf=is_ours)
+
+
+def is_ours(leaf: Any) -> bool:
+    """Whether this is a state of `nadam`, `nadamw` or `fused`."""
+    return isinstance(leaf, _OURS)
 
 
 def _is(kinds: Any) -> Callable[[Any], bool]:

@@ -1,0 +1,374 @@
+"""What an optimizer of any host knows, by parameter name and in arrays of NumPy: the state that moves between hosts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import inf, isfinite
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nadam.core.config import FIELDS, to_config
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.scalars import momentum_product
+
+Array = NDArray[Any]
+FORMAT = 1
+# Arrays of a parameter's state, each of the parameter's shape.
+SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "remainder")
+Rename = Mapping[str, str] | Callable[[str], str]
+Transpose = Iterable[str] | Mapping[str, tuple[int, ...] | None]
+
+
+@dataclass
+class ParamState:
+    """State of one parameter.
+
+    Attributes:
+        step: Updates of it.
+        momentum_product: Product of the momenta of these updates; None where the optimizer keeps none, as Adam.
+        exp_avg: First moment, not bias-corrected: float32 or float64, or complex, of the parameter's shape.
+        exp_avg_sq: Second moment, likewise.
+        ema: Moving average of the parameter, where there is one.
+        accumulator: Sum of the gradients of this window, where they are accumulated.
+        remainder: int16, what a bfloat16 parameter is short of a float32 one, where that is kept.
+        accumulated: Whether it had a gradient in this window.
+    """
+
+    step: int
+    momentum_product: float | None
+    exp_avg: Array
+    exp_avg_sq: Array
+    ema: Array | None = None
+    accumulator: Array | None = None
+    remainder: Array | None = None
+    accumulated: bool = False
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that there are, by name."""
+        return {name: array for name in SLOTS if (array := getattr(self, name)) is not None}
+
+
+@dataclass
+class PortableState:
+    """State of an optimizer.
+
+    Attributes:
+        optimizer: Class that it is of, with its module.
+        step: Updates, of the parameter that had most.
+        names: Of all parameters, in the optimizer's order.
+        params: State by name; of a parameter that was never updated there may be none.
+        momentum_product: Product of the momenta of all updates; None where the optimizer keeps none.
+        position: Calls since the last update, with gradient accumulation.
+        skipped_steps: Calls that changed nothing, since a gradient was not finite.
+        groups: Settings, as far as they are known: a dict for each group of parameters, whose names are its "params".
+            Under the names of `core.hyperparameters.Hyperparameters`; schedules and functions as `to_config` has them.
+        loss_scale: Dynamic loss scaling: its "scale" and the "good_steps" since it changed; None where there is none.
+        values: Values of the parameters, and of whatever else the model keeps by name; None where not given.
+    """
+
+    optimizer: str
+    step: int
+    names: list[str]
+    params: dict[str, ParamState]
+    momentum_product: float | None = None
+    position: int = 0
+    skipped_steps: int = 0
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    loss_scale: dict[str, Any] | None = None
+    values: dict[str, Array] | None = None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Nested dicts of numbers, strings and arrays."""
+        params = {}
+        for name, state in self.params.items():
+            scalars = {"step": state.step, "momentum_product": state.momentum_product}
+            params[name] = {**scalars, "accumulated": state.accumulated, **state.arrays()}
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"portable_state": FORMAT, **own, "params": params}
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> Self:
+        """What `to_tree` gave, checked.
+
+        Raises:
+            ValueError: Something is missing, of another kind, out of its range or not finite; it says what.
+        """
+        if not isinstance(tree, Mapping) or tree.get("portable_state") != FORMAT:
+            found = tree.get("portable_state") if isinstance(tree, Mapping) else type(tree).__name__
+            raise ValueError(f"state: portable_state={found!r}: expected the state of an optimizer, version {FORMAT}")
+        given = {name: value for name, value in tree.items() if name != "portable_state"}
+        known = {each.name for each in fields(cls)}
+        if set(given) != known:
+            raise ValueError(f"state: {sorted(set(given) ^ known)}: missing or not expected")
+        for name, kind in _KINDS.items():
+            if not isinstance(given[name], kind):
+                raise ValueError(f"{name}: {type(given[name]).__name__}, which it cannot be")
+        if given["loss_scale"] is not None:
+            _count(given["loss_scale"], "good_steps")
+            _number("loss_scale", given["loss_scale"].get("scale"), 2.0**-126, 2.0**127)
+        for name in ("step", "position", "skipped_steps"):
+            _count(given, name)
+        if len(set(given["names"])) < len(given["names"]) or not set(given["params"]) <= set(given["names"]):
+            raise ValueError("names: expected each parameter once, and all that have state")
+        _number("momentum_product", given["momentum_product"], 0.0, 1.0, optional=True)
+        given["params"] = {name: _param_state(name, entry) for name, entry in given["params"].items()}
+        for name, value in (given["values"] or {}).items():
+            if not isinstance(value, np.ndarray):
+                raise ValueError(f"values[{name!r}]: {type(value).__name__}, expected an array")
+        return cls(**given)
+
+    def renamed(self, rename: Rename | None = None, transpose: Transpose | None = None) -> PortableState:
+        """The same under other names and with other axes.
+
+        Args:
+            rename: From names here to those of the result, which others keep; or a function of a name.
+            transpose: Names (of the result) of arrays whose axes are reversed; or, by name, their permutation.
+
+        Raises:
+            ValueError: Two parameters get one name, or one is not there.
+        """
+        table = rename if rename is not None and not callable(rename) else {}
+        given = rename if callable(rename) else lambda name: table.get(name, name)
+        everything = [*self.names, *(name for name in self.values or {} if name not in self.names)]
+        new = {name: given(name) for name in everything}
+        unknown = sorted(set(table) - set(everything))
+        if unknown:
+            raise ValueError(f"rename: {unknown} are not among the parameters {everything}")
+        if len(set(new.values())) < len(new):
+            twice = sorted(name for name in set(new.values()) if list(new.values()).count(name) > 1)
+            raise ValueError(f"rename: {twice}: the names of several parameters")
+        axes = dict(transpose) if isinstance(transpose, Mapping) else dict.fromkeys(transpose or ())
+        unknown = sorted(set(axes) - set(new.values()))
+        if unknown:
+            raise ValueError(f"transpose: {unknown} are not among the parameters {list(new.values())}")
+
+        def turned(name: str, array: Array) -> Array:
+            return array.transpose(axes[name]) if name in axes else array
+
+        params = {}
+        for old, state in self.params.items():
+            name = new[old]
+            arrays: dict[str, Any] = {slot: turned(name, array) for slot, array in state.arrays().items()}
+            params[name] = replace(state, **arrays)
+        values = None if self.values is None else {new[k]: turned(new[k], array) for k, array in self.values.items()}
+        groups = [{**g, "params": [new[name] for name in g["params"]]} for g in self.groups]
+        return replace(self, names=[new[n] for n in self.names], params=params, values=values, groups=groups)
+
+    def check_fits(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        h: Hyperparameters,
+        *,
+        one_count: bool,
+        values: Mapping[str, tuple[int, ...]] | None = None,
+        loss_scale: bool = False,
+    ) -> None:
+        """That an optimizer of some parameters and settings can go on from this.
+
+        Args:
+            shapes: Of its parameters, by name.
+            h: Its settings.
+            one_count: Whether it keeps one count of updates for all parameters.
+            values: Shapes of what is to be set to the values, by name; None for nothing.
+            loss_scale: Whether it scales the loss dynamically.
+
+        Raises:
+            ValueError: It cannot; it says what is in the way.
+
+        Warns:
+            UserWarning: Settings differ, whose own values are kept; averages or a remainder get lost.
+        """
+        _same_names("parameters", self.names, shapes)
+        for name, state in self.params.items():
+            if state.exp_avg.shape != tuple(shapes[name]):
+                raise ValueError(f"{name}: shape {state.exp_avg.shape}, expected {tuple(shapes[name])}; see transpose")
+            if h.use_ema and state.ema is None:
+                raise ValueError(f"{name}: there is no moving average of it, which use_ema=True expects")
+            if one_count and state.step != self.step:
+                raise ValueError(
+                    f"{name}: {state.step} updates, others {self.step}: this optimizer has one count for all parameters"
+                )
+        steps = h.gradient_accumulation_steps
+        if self.position >= (steps or 1):
+            raise ValueError(
+                f"position={self.position} calls since the last update: expected fewer than "
+                f"gradient_accumulation_steps={steps}"
+            )
+        if (self.loss_scale is not None) != loss_scale:
+            there, wanted = ("", "no ") if self.loss_scale else ("no ", "")
+            raise ValueError(
+                f"loss_scale: there is {there}dynamic loss scaling in the state, and {wanted}in the optimizer"
+            )
+        if values is not None:
+            if self.values is None:
+                raise ValueError("params: the state was saved without parameters")
+            _same_names("values", self.values, values)
+            for name, shape in values.items():
+                if self.values[name].shape != tuple(shape):
+                    raise ValueError(f"{name}: shape {self.values[name].shape}, expected {tuple(shape)}; see transpose")
+        lost = [name for name, state in self.params.items() if state.ema is not None and not h.use_ema]
+        if lost:
+            warnings.warn(f"use_ema=False: the moving averages of {_some(lost)} are left out", stacklevel=2)
+
+    def check_settings(self, h: Hyperparameters, names: Iterable[str]) -> None:
+        """Warn where the settings with which some parameters were trained are others than those of an optimizer."""
+        chosen, own, differ = set(names), settings_of(h), {}
+        for group in self.groups:
+            if chosen.isdisjoint(group["params"]):
+                continue
+            for key in (group.keys() & own.keys()) - {"lr", "loss_scale_factor", "track_grad_norm", "skip_nonfinite"}:
+                kept, mine = _plain(group[key]), _plain(own[key])
+                if kept != mine and None not in (kept, mine):  # what a function gives, nobody knows
+                    differ[key] = f"{h.spelling.get(key, key)}={own[key]!r} here, {group[key]!r} in the state"
+        if differ:
+            warnings.warn(
+                f"settings differ, those here are kept: {'; '.join(differ[key] for key in sorted(differ))}",
+                stacklevel=2,
+            )
+
+    def learning_rate(self, names: Iterable[str]) -> float | None:
+        """The learning rate of some parameters, where it is a number and the same for all of them."""
+        chosen = set(names)
+        found = {_plain(group.get("lr")) for group in self.groups if not chosen.isdisjoint(group["params"])}
+        rate = found.pop() if len(found) == 1 else None
+        return rate if isinstance(rate, float) and 0 <= rate < inf else None
+
+    def product(self, h: Hyperparameters, of: ParamState | None = None) -> float:
+        """The momentum product, computed with these settings where it was not kept.
+
+        Raises:
+            ValueError: It was not kept, and a function gives the first moment's decay rate.
+        """
+        kept, step = (self.momentum_product, self.step) if of is None else (of.momentum_product, of.step)
+        if kept is not None:
+            return kept
+        if callable(h.beta1):
+            name = h.spelling.get("beta1", "beta1")
+            raise ValueError(f"{name}: it is computed at each step, so the missing momentum product cannot be computed")
+        return momentum_product(step, h.beta1, h.momentum_decay)
+
+    def joint_second_moment(self) -> bool:
+        """Whether a complex parameter's two parts have one second moment, as in optax, rather than one each."""
+        return self.optimizer.startswith(("nadam.jax", "optax"))
+
+    def check_complex(self, joint: bool) -> None:
+        """That complex parameters, if there are any, have second moments of the kind that an optimizer has."""
+        for name, state in self.params.items():
+            if state.exp_avg.dtype.kind == "c" and self.joint_second_moment() != joint:
+                raise ValueError(
+                    f"{name}: complex, and {self.optimizer} keeps {'one' if not joint else 'another'} second moment"
+                    f"{' for both parts' if not joint else ' for each part'}, which this optimizer does not"
+                )
+
+
+def by_decay(h: Hyperparameters, decays: Mapping[str, bool]) -> list[tuple[Hyperparameters, list[str]]]:
+    """The settings of the parameters that decay and of those that do not, with their names."""
+    both = [(replace(h, weight_decay=h.weight_decay if which else None), which) for which in (True, False)]
+    made = [(settings, [name for name, own in decays.items() if own == which]) for settings, which in both]
+    return [(settings, own) for settings, own in made if own]
+
+
+def group(h: Hyperparameters, names: list[str]) -> dict[str, Any]:
+    """An entry of `PortableState.groups`."""
+    return {**settings_of(h), "params": names}
+
+
+def settings_of(h: Hyperparameters) -> dict[str, Any]:
+    """Settings as JSON can hold them, under their own names."""
+    found = {}
+    for name in (*FIELDS, "coupled_weight_decay", "maximize"):
+        value = getattr(h, name)
+        try:
+            found[name] = to_config(name, value)
+        except ValueError:  # of a function that has no name
+            found[name] = {"class_name": "function", "config": repr(value)}
+    return found
+
+
+def widened(array: Any) -> Array:
+    """An array of NumPy; bfloat16, which not every installation of it knows, in float32, which holds its values.
+
+    Example:
+        >>> widened(np.ones(2, np.float16)).dtype
+        dtype('float16')
+    """
+    found = np.asarray(array)
+    return found.astype(np.float32) if found.dtype.name == "bfloat16" else found
+
+
+_KINDS: dict[str, Any] = {
+    "optimizer": str,
+    "names": list,
+    "params": Mapping,
+    "groups": list,
+    "loss_scale": (Mapping, type(None)),
+    "values": (Mapping, type(None)),
+}
+
+
+def _param_state(name: str, entry: Any) -> ParamState:
+    """A parameter's state, checked."""
+    known = {each.name for each in fields(ParamState)}
+    if not isinstance(entry, Mapping) or not {"step", "exp_avg", "exp_avg_sq"} <= set(entry) <= known:
+        found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise ValueError(f"{name}: {found}, expected step, exp_avg, exp_avg_sq and nothing but {sorted(known)}")
+    _count(entry, "step", f"{name}.")
+    _number(f"{name}.momentum_product", entry.get("momentum_product"), 0.0, 1.0, optional=True)
+    if not isinstance(entry.get("accumulated", False), bool):
+        raise ValueError(f"{name}.accumulated: {entry['accumulated']!r}, expected a bool")
+    for slot in SLOTS:
+        if slot in entry:
+            _check_array(f"{name}.{slot}", slot, entry[slot], entry["exp_avg"])
+    return ParamState(**{"momentum_product": None, **entry})
+
+
+def _check_array(where: str, slot: str, array: Any, like: Any) -> None:
+    kinds = "i" if slot == "remainder" else "fc"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
+        found = getattr(array, "dtype", type(array).__name__)
+        raise ValueError(
+            f"{where}: {found}, expected an array of {'int16' if kinds == 'i' else 'floating-point numbers'}"
+        )
+    if array.shape != like.shape:
+        raise ValueError(f"{where}: shape {array.shape}, but that of exp_avg is {like.shape}")
+    if kinds != "i" and not np.isfinite(array).all():
+        raise ValueError(f"{where}: not all of its values are finite")
+    if slot == "exp_avg_sq" and array.size and min(array.real.min(), array.imag.min()) < 0:
+        raise ValueError(f"{where}: a negative value in an average of squares")
+
+
+def _count(given: Mapping[str, Any], name: str, where: str = "") -> None:
+    value = given.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{where}{name}={value!r}: expected an integer, {name} >= 0")
+
+
+def _number(name: str, value: Any, low: float, high: float, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high and isfinite(value)):
+        raise ValueError(f"{name}={value!r}: expected {low:g} <= {name} <= {high:g}")
+
+
+def _same_names(what: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing or unknown:
+        parts = [f"missing {_some(missing)}" * bool(missing), f"not expected {_some(unknown)}" * bool(unknown)]
+        raise ValueError(f"{what}: {', '.join(filter(None, parts))}; see rename")
+
+
+def _some(names: list[str]) -> str:
+    return f"{names}" if len(names) <= 6 else f"{names[:5]} and {len(names) - 5} more"
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it is compared: numbers as floats, nothing for what computes it."""
+    if isinstance(value, Mapping):
+        return None
+    if value is None or value is False:
+        return 0.0
+    return float(value) if isinstance(value, (int, float)) else value

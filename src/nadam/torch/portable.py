@@ -1,0 +1,260 @@
+"""State of PyTorch's Nadam and Adam optimizers in the form that moves between hosts, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.portable import ParamState, PortableState, settings_of
+from nadam.torch import settings
+from nadam.torch.fallback import joined, store
+from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
+from nadam.torch.sharding import is_sharded
+
+Groups = Sequence[Mapping[str, Any]]
+# Classes, by name, and the settings that theirs are in the words of ours; what a group says of them comes first.
+KNOWN: dict[str, dict[str, Any]] = {
+    "NAdam": {},
+    "Adam": {"momentum_decay": inf},
+    "AdamW": {"momentum_decay": inf, "decoupled_weight_decay": True},
+    "NAdamW": {"momentum_decay": inf, "decoupled_weight_decay": True, "bias_correction": "adam"},
+}
+SLOTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
+SLOTS |= {"accumulator": "grad_accumulator", "remainder": "remainder"}
+PRODUCT = "mu_product"
+# Settings of a group that have the same names everywhere.
+_SAME = ("lr", "eps", "weight_decay", "momentum_decay", "bias_correction", "maximize")
+# Whose state there is no place for.
+REFUSED = ("max_exp_avg_sq", "momentum_buffer", "max_exp_avg")
+
+
+def export(optimizer: torch.optim.Optimizer, params: Any = None) -> PortableState:
+    """The state of an optimizer of PyTorch: NAdam or NAdamW of this package, or Adam, AdamW, NAdam, timm's NAdamW.
+
+    Raises:
+        TypeError: Another optimizer, or parameters that are split over processes.
+        ValueError: Two parameters of one name.
+    """
+    kind = _kind(optimizer)
+    named = _named(params)
+    names = _names(optimizer.param_groups, named)
+    flat = [
+        (name, param)
+        for group, own in zip(optimizer.param_groups, names, strict=True)
+        for name, param in zip(own, group["params"], strict=True)
+    ]
+    for name, param in flat:
+        if is_sharded(param):
+            raise TypeError(f"{name}: it is split over processes; torch.distributed.checkpoint can save it")
+    made = from_state_dict(optimizer.state_dict(), kind, names)
+    values = None
+    if params is not None:
+        states = {id(param): optimizer.state.get(param) or {} for _, param in flat}
+        values = {name: _value(tensor, states.get(id(tensor), {})) for name, tensor in named.items()}
+    groups = [
+        {**_settings(optimizer, kind, group), "params": own}
+        for group, own in zip(optimizer.param_groups, names, strict=True)
+    ]
+    cls = type(optimizer)
+    return replace(made, optimizer=f"{cls.__module__}.{cls.__qualname__}", values=values, groups=groups)
+
+
+def from_state_dict(
+    state_dict: Mapping[str, Any], kind: str = "NAdam", names: Sequence[Sequence[str]] | None = None
+) -> PortableState:
+    """A ``state_dict`` of such an optimizer.
+
+    Args:
+        state_dict: Of an optimizer whose class has one of the names in ``KNOWN``.
+        kind: Which.
+        names: Of the parameters, group by group; None for those in it, or their numbers.
+
+    Raises:
+        ValueError: It is of another optimizer.
+    """
+    groups = state_dict["param_groups"]
+    if names is None:
+        names = [group.get("param_names") or [str(key) for key in group["params"]] for group in groups]
+    found: dict[str, ParamState] = {}
+    for group, own in zip(groups, names, strict=True):
+        for key, name in zip(group["params"], own, strict=True):
+            entry = state_dict["state"].get(key)
+            if entry:
+                found[name] = _param_state(name, entry)
+    latest = max(found.values(), key=lambda each: each.step, default=None)
+    return PortableState(
+        optimizer=f"torch.optim.{kind}",
+        step=0 if latest is None else latest.step,
+        names=[name for own in names for name in own],
+        params=found,
+        momentum_product=None if latest is None or kind != "NAdam" else latest.momentum_product,
+        position=int(groups[0].get(POSITION, 0)),
+        skipped_steps=int(groups[0].get(SKIPPED, 0)),
+        groups=[{**_core_settings(kind, group), "params": list(own)} for group, own in zip(groups, names, strict=True)],
+    )
+
+
+def _param_state(name: str, entry: Mapping[str, Any]) -> ParamState:
+    refused = [each for each in REFUSED if each in entry]
+    missing = [each for each in ("step", "exp_avg", "exp_avg_sq") if each not in entry]
+    if missing or refused:
+        raise ValueError(
+            f"{name}: {f'no {missing[0]!r}' if missing else repr(refused[0])}: not the state of Nadam or Adam"
+        )
+    arrays = {ours: _array(entry[theirs]) for ours, theirs in SLOTS.items() if theirs in entry}
+    product = float(entry[PRODUCT]) if PRODUCT in entry else None
+    return ParamState(int(entry["step"]), product, accumulated=bool(entry.get("accumulated", False)), **arrays)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any = None) -> tuple[Any, Any]:
+    """Put a state into an optimizer, and values into a model; all of it or, if anything is wrong with it, nothing."""
+    kind, named = _kind(optimizer), _named(params)
+    names = _names(optimizer.param_groups, named)
+    shapes = {
+        name: tuple(param.shape)
+        for group, own in zip(optimizer.param_groups, names, strict=True)
+        for name, param in zip(own, group["params"], strict=True)
+    }
+    hyper = [_hyper(optimizer, kind, group) for group in optimizer.param_groups]
+    values = None if params is None else {name: tuple(tensor.shape) for name, tensor in named.items()}
+    state.check_fits(shapes, hyper[0], one_count=False, values=values)
+    state.check_complex(joint=False)
+    for h, own in zip(hyper, names, strict=True):
+        state.check_settings(h, own)
+    ours = isinstance(optimizer, NAdam)
+    if state.position and not ours:
+        raise ValueError(f"position={state.position}: {kind} accumulates no gradients")
+    optimizer.load_state_dict(to_state_dict(state, optimizer.param_groups, hyper, names, ours=ours))
+    if params is not None:
+        with torch.no_grad():
+            for name, tensor in named.items():
+                value = torch.as_tensor(state.values[name].copy(), device=tensor.device)  # type: ignore[index]
+                entry = optimizer.state.get(tensor, {}) if ours else {}
+                store(tensor.detach(), entry, value.float() if "remainder" in entry else value)
+    return optimizer, params
+
+
+def to_state_dict(
+    state: PortableState,
+    groups: Groups,
+    hyper: Sequence[Hyperparameters],
+    names: Sequence[Sequence[str]],
+    *,
+    ours: bool = False,
+) -> dict[str, Any]:
+    """The ``state_dict`` of an optimizer with these groups; for ours, with what PyTorch's own do not keep."""
+    entries: dict[int, dict[str, Any]] = {}
+    saved, index = [], 0
+    for group, h, own in zip(groups, hyper, names, strict=True):
+        for place, name in enumerate(own):
+            given = state.params.get(name)
+            if given is not None:
+                entries[index + place] = _entry(state, given, h, ours)
+        rate = state.learning_rate(own)
+        shown = {key: value for key, value in group.items() if key != "params"}
+        if rate is not None:
+            shown["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+        if ours and h.gradient_accumulation_steps is not None:
+            shown[POSITION] = state.position
+        if ours and h.skip_nonfinite:
+            shown[SKIPPED] = state.skipped_steps
+        saved.append({**shown, "params": list(range(index, index + len(own)))})
+        index += len(own)
+    return {"state": entries, "param_groups": saved}
+
+
+def _entry(state: PortableState, given: ParamState, h: Hyperparameters, ours: bool) -> dict[str, Any]:
+    kind = torch.float64 if ours else torch.float32
+    made: dict[str, Any] = {"step": torch.tensor(given.step, dtype=kind, device="cpu")}
+    made[PRODUCT] = torch.tensor(state.product(h, given), dtype=kind, device="cpu")
+    kept = {"exp_avg", "exp_avg_sq"}
+    if ours:
+        kept |= {"ema"} if h.use_ema else set()
+        kept |= {"accumulator"} if h.gradient_accumulation_steps is not None else set()
+        if h.gradient_accumulation_steps is not None:
+            made["accumulated"] = torch.tensor(float(given.accumulated), dtype=torch.float64, device="cpu")
+        kept |= {"remainder"}
+    made |= {SLOTS[name]: torch.from_numpy(array.copy()) for name, array in given.arrays().items() if name in kept}
+    return made
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Which of the known classes an optimizer is of."""
+    found = next((cls.__name__ for cls in type(optimizer).__mro__ if cls.__name__ in KNOWN), None)
+    if found is None:
+        raise TypeError(f"optimizer: {type(optimizer).__qualname__}, expected one of {', '.join(KNOWN)}")
+    return found
+
+
+def _hyper(optimizer: torch.optim.Optimizer, kind: str, group: Mapping[str, Any]) -> Hyperparameters:
+    if isinstance(optimizer, NAdam):
+        return settings.checked(group, optimizer._extras)
+    given = {"momentum_decay": 0.0, "maximize": False, "decoupled_weight_decay": False, **KNOWN[kind], **group}
+    return settings.checked(given, {"bias_correction": KNOWN[kind].get("bias_correction", "nadam")})
+
+
+def _settings(optimizer: torch.optim.Optimizer, kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    found = settings_of(_hyper(optimizer, kind, group))
+    if isinstance(optimizer, NAdam):
+        dtype = optimizer._options.exp_avg_dtype
+        found |= {**optimizer._options._asdict(), "exp_avg_dtype": None if dtype is None else str(dtype)}
+    return found
+
+
+def _core_settings(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved group tells of the settings, under their own names."""
+    given = {**KNOWN[kind], **group}
+    found: dict[str, Any] = {name: given[name] for name in _SAME if name in given}
+    found = {name: float(value) if isinstance(value, Tensor) else value for name, value in found.items()}
+    found |= dict(zip(("beta1", "beta2"), map(float, given.get("betas", ())), strict=False))
+    return found | {"coupled_weight_decay": not given.get("decoupled_weight_decay", False)}
+
+
+def _names(groups: Groups, named: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of the parameters, group by group: the model's, else those that the optimizer has, else their numbers."""
+    known: dict[int, str] = {}
+    for name, tensor in named.items():
+        known.setdefault(id(tensor), name)
+    made, index = [], 0
+    for group in groups:
+        own = group.get("param_names")
+        fallback = own or map(str, range(index, index + len(group["params"])))
+        made.append([known.get(id(param), name) for param, name in zip(group["params"], fallback, strict=True)])
+        index += len(group["params"])
+    flat = [name for own in made for name in own]
+    if len(set(flat)) < len(flat):
+        raise ValueError(
+            f"params: {sorted(name for name in set(flat) if flat.count(name) > 1)}: two parameters of one name"
+        )
+    return made
+
+
+def _named(params: Any) -> dict[str, Tensor]:
+    """Tensors by name: of a model all that its state_dict has, of a dict or of named parameters these."""
+    if params is None:
+        return {}
+    if isinstance(params, torch.nn.Module):
+        return {name: each for name, each in params.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+    pairs: Iterable[tuple[str, Tensor]] = params.items() if isinstance(params, Mapping) else params
+    named = dict(pairs)
+    for name, tensor in named.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError("params: expected a model, a dict of tensors by name or pairs of name and tensor")
+    return named
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return np.asarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
+
+
+def _value(tensor: Tensor, entry: Mapping[str, Any]) -> NDArray[Any]:
+    return _array(joined(tensor.detach(), dict(entry)) if "remainder" in entry else tensor)
