@@ -6,7 +6,7 @@ try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # then the files that use it are left out
     settings = None
-    collect_ignore = ["test_combinations.py", "test_files_values.py", "test_files_hostile.py"]
+    collect_ignore = ["test_combinations.py", "test_files_values.py", "test_files_hostile.py", "test_fuzz.py"]
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # of its CPU backends, the one that computes in float64 when asked
 

@@ -63,12 +63,25 @@ def refusal(path, content):
 
 def test_no_damage_goes_unseen(path, saved):
     draw, end = np.random.default_rng(1), len(saved)
-    for position in {*range(200), *range(end - 200, end), *draw.choice(end, 300).tolist()}:
+    for position in {*range(200), *range(end - 40, end), *draw.choice(end, 150).tolist()}:
         flipped = bytes([saved[position] ^ 1 << draw.integers(8)])
         refusal(path, saved[:position] + flipped + saved[position + 1 :])
+    for position in {*range(64), *range(0, end, 64), *range(end - 40, end)}:
         refusal(path, saved[:position])
     for content in (saved + b"\0", saved[19:], b"PK\3\4"):
         refusal(path, content)
+
+
+def test_what_is_damaged_is_said(path, saved):
+    path.write_bytes(saved[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"tensor 'state/w/exp_avg' is damaged: expected XXH3 \w{32}, found \w{32}$"):
+        checkpoint.load(path)
+    path.write_bytes(saved[:-1])
+    with pytest.raises(ValueError, match=rf"the tensors end at byte {len(saved)}, the file at {len(saved) - 1}"):
+        checkpoint.load(path)
+    path.write_bytes(saved[:100] + b"x" + saved[101:])
+    with pytest.raises(ValueError, match=r"the header is damaged: expected XXH3 \w{32}, found \w{32}$"):
+        checkpoint.load(path)
 
 
 def test_a_missing_file_is_not_found(path):
@@ -82,7 +95,7 @@ def test_a_missing_directory_is_an_error(path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("name", ["os.fdopen", "numpy.savez", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("name", ["os.fdopen", "nadam.checkpoint.container.write", "os.fsync", "os.replace"])
 def test_a_save_that_fails_leaves_the_old_file(path, saved, monkeypatch, name, error):
     def fail(*_, **__):
         raise error
@@ -118,6 +131,7 @@ SAVING = """
 import json, os, random, resource, signal, sys, time
 import numpy as np
 from nadam import checkpoint
+from nadam.checkpoint import container
 path = sys.argv[1]
 def save(iteration):
     checkpoint.save(path, {"iteration": iteration, "weights": np.full(50_000, float(iteration))})
@@ -154,7 +168,7 @@ def replace_and_die(*args, replace=os.replace):
 def saving(module, name, function):
     setattr(module, name, function)
     save(1)
-before = [(os, "fdopen", die), (np, "savez", die), (os, "fsync", die), (os, "replace", die)]
+before = [(os, "fdopen", die), (container, "write", die), (os, "fsync", die), (os, "replace", die)]
 print(json.dumps([killed(lambda: saving(*stage)) for stage in [*before, (os, "replace", replace_and_die)]]))
 """
 FULL_DISK = """

@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 DEPTH = 100
-# In the JSON an array is its name in the archive and its dtype, marked by a key that no other dict there has alone; so
+# In the JSON an array is its name in the file and its dtype, marked by a key that no other dict there has alone; so
 # are a tuple, and the items of a dict that has a key like these or one that is no string.
 ARRAY, ITEMS, TUPLE = "__array__", "__items__", "__tuple__"
 MARKERS = {ARRAY, ITEMS, TUPLE}
 # Before the name of a dtype: a tensor of PyTorch, a scalar of NumPy.
 TORCH, SCALAR = "torch.", "scalar."
+# The dtypes that safetensors names, by their names in NumPy, ml_dtypes and PyTorch: its name, and what NumPy stores.
+NAMED = {
+    "bool": ("BOOL", "|b1"),
+    "uint8": ("U8", "|u1"),
+    "int8": ("I8", "|i1"),
+    "uint16": ("U16", "<u2"),
+    "int16": ("I16", "<i2"),
+    "float16": ("F16", "<f2"),
+    "bfloat16": ("BF16", "<u2"),
+    "float8_e4m3fn": ("F8_E4M3", "|u1"),
+    "float8_e5m2": ("F8_E5M2", "|u1"),
+    "uint32": ("U32", "<u4"),
+    "int32": ("I32", "<i4"),
+    "float32": ("F32", "<f4"),
+    "uint64": ("U64", "<u8"),
+    "int64": ("I64", "<i8"),
+    "float64": ("F64", "<f8"),
+    "complex64": ("C64", "<c8"),
+}
 
 
-def encode(value: Any, arrays: dict[str, NDArray[Any]], where: str = "state", depth: int = 0) -> Any:
-    """A value for JSON, its arrays put into a dict."""
+class Stored(NamedTuple):
+    """An array as the file has it.
+
+    Attributes:
+        array: Contiguous; where its dtype is not in NAMED, or its bytes are in another order, its bytes in a last axis.
+        kind: Its dtype's name in safetensors.
+        dtype: Its own dtype, for `decode`: a name, or NumPy's description of one that has none.
+    """
+
+    array: NDArray[Any]
+    kind: str
+    dtype: Any
+
+
+def encode(
+    value: Any, arrays: dict[str, Stored], root: str = "state", keys: tuple[Any, ...] = (), depth: int = 0
+) -> Any:
+    """A value for JSON, its arrays put into a dict by their paths: ``state/dense.weight/exp_avg``."""
+    where = root + "".join(f"[{key!r}]" for key in keys)
     _check_depth(depth, where)
     if _is_plain(value, where):
         return value
     if isinstance(value, Mapping):
-        keys = [_key(key, where, depth + 1) for key in value]
-        items = [encode(item, arrays, f"{where}[{key!r}]", depth + 1) for key, item in value.items()]
-        pairs = list(zip(keys, items, strict=True))
-        return dict(pairs) if all(type(key) is str and key not in MARKERS for key in keys) else {ITEMS: pairs}
+        names = [_key(key, where, depth + 1) for key in value]
+        items = [encode(item, arrays, root, (*keys, key), depth + 1) for key, item in value.items()]
+        pairs = list(zip(names, items, strict=True))
+        return dict(pairs) if all(type(key) is str and key not in MARKERS for key in names) else {ITEMS: pairs}
     if type(value) in (list, tuple):
-        encoded = [encode(item, arrays, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        encoded = [encode(item, arrays, root, (*keys, i), depth + 1) for i, item in enumerate(value)]
         return encoded if type(value) is list else {TUPLE: encoded}
-    found = _array(value, where)
-    if found is None:
+    stored = _stored(value, where)
+    if stored is None:
         raise TypeError(f"{where}: a {_named(value)} cannot be saved")
-    name = f"array{len(arrays)}"
-    arrays[name], dtype = found
-    return {ARRAY: [name, dtype]}
+    name = _unique("/".join(str(key) for key in keys), arrays)
+    arrays[name] = stored
+    return {ARRAY: [name, stored.dtype]}
+
+
+def _unique(path: str, taken: Mapping[str, Any]) -> str:
+    path = path.encode("utf-8", "backslashreplace").decode()  # other readers take no lone surrogates
+    name, number = path, 1
+    while name in taken or name == "__metadata__":
+        name, number = f"{path}#{number}", number + 1
+    return name
 
 
 def _named(value: Any) -> str:
@@ -67,12 +112,13 @@ def _key(key: Any, where: str, depth: int) -> Any:
     return key
 
 
-def _array(value: Any, where: str) -> tuple[NDArray[Any], str] | None:
-    """What is stored of an array, a tensor or a scalar, and the name of its dtype; None of anything else."""
+def _stored(value: Any, where: str) -> Stored | None:
+    """What is stored of an array, a tensor or a scalar; None of anything else."""
     library, prefix = type(value).__module__.partition(".")[0], ""
     try:
         if library == "torch" and hasattr(value, "numpy"):
-            return _from_torch(value)
+            array, name = _from_torch(value)
+            return _bits(array, name, TORCH + name)
         if library in ("jax", "jaxlib") and hasattr(value, "dtype"):
             value = np.asarray(value)
         elif isinstance(value, np.generic) and not isinstance(value, np.flexible):
@@ -82,12 +128,23 @@ def _array(value: Any, where: str) -> tuple[NDArray[Any], str] | None:
     except (TypeError, ValueError, RuntimeError) as error:  # of a tracer, a deleted array, another process's
         raise TypeError(f"{where}: a {_named(value)} cannot be saved: {error}") from error
     dtype = value.dtype
-    if dtype.type.__module__ == "ml_dtypes":  # NumPy's format has none of these: their bits are stored
-        return value.view(f"u{dtype.itemsize}"), prefix + dtype.name
+    if dtype.type.__module__ == "ml_dtypes":  # of which NumPy has no description
+        return _bits(value, dtype.name, prefix + dtype.name)
     with suppress(TypeError, ValueError):
-        if dtype.itemsize and not dtype.hasobject and npy.descr_to_dtype(npy.dtype_to_descr(dtype)) == dtype:
-            return value, prefix + dtype.name
+        described: Any = npy.dtype_to_descr(dtype)
+        if dtype.itemsize and not dtype.hasobject and npy.descr_to_dtype(described) == dtype:
+            if dtype.name in NAMED and NAMED[dtype.name][1] == described:
+                return _bits(value, dtype.name, prefix + dtype.name)
+            return _bits(value, "", prefix + described if prefix else described)
     raise TypeError(f"{where}: an array of {dtype} cannot be saved")
+
+
+def _bits(array: NDArray[Any], name: str, dtype: Any) -> Stored:
+    array = np.asarray(array, order="C")
+    if name in NAMED:
+        kind, storage = NAMED[name]
+        return Stored(array.view(storage), kind, dtype)
+    return Stored(array.reshape(*array.shape, 1).view("u1"), "U8", dtype)
 
 
 def _from_torch(tensor: Any) -> tuple[NDArray[Any], str]:
@@ -102,26 +159,32 @@ def _from_torch(tensor: Any) -> tuple[NDArray[Any], str]:
         array = plain.numpy()
     except TypeError:  # a dtype that NumPy does not have: its bits
         array = plain.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[plain.itemsize]).numpy()
-    return array, str(plain.dtype)
+    return array, str(plain.dtype).removeprefix(TORCH)
 
 
-def decode(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    """The value that was encoded; takes its arrays out of the dict."""
-    if isinstance(value, list):
-        return [decode(item, arrays) for item in value]
-    if not isinstance(value, dict):
-        return value
-    marker = next(iter(value)) if len(value) == 1 else None
-    if marker == ARRAY:
-        name, dtype = value[ARRAY]
-        if name not in arrays:
-            raise ValueError(f"array {name!r} is missing, or two values refer to it")
-        return _restored(arrays.pop(name), dtype)
-    if marker == TUPLE:
-        return tuple(decode(_list(value[TUPLE]), arrays))
-    if marker == ITEMS:
-        return {decode(key, arrays): decode(item, arrays) for key, item in _list(value[ITEMS])}
-    return {key: decode(item, arrays) for key, item in value.items()}
+def decode(text: str, restored: Callable[[str, Any], Any]) -> Any:
+    """The value that was encoded, from its JSON; a function gives the array of a name and a dtype."""
+
+    def of_pairs(pairs: list[tuple[str, Any]]) -> Any:
+        key, value = pairs[0] if len(pairs) == 1 else ("", None)
+        if key == ARRAY:
+            name, dtype = _list(value)
+            return restored(name, dtype)
+        if key == TUPLE:
+            return tuple(_list(value))
+        if key == ITEMS:
+            pairs = [(key, item) for key, item in map(_list, _list(value))]
+        return distinct(pairs)
+
+    return json.loads(text, object_pairs_hook=of_pairs)
+
+
+def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dict of pairs of which no two have one key, which JSON allows and dicts do not."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a dict with one key twice")
+    return found
 
 
 def _list(value: Any) -> Any:
@@ -130,16 +193,26 @@ def _list(value: Any) -> Any:
     return value
 
 
-def _restored(array: NDArray[Any], dtype: str) -> Any:
-    if dtype.startswith(TORCH):
-        return _tensor(array, dtype.removeprefix(TORCH))
-    name = dtype.removeprefix(SCALAR)
-    if array.dtype.name != name:
-        array = array.view(_extension(name, array.dtype))
-    return array if name == dtype else array[()]
+def restore(array: NDArray[Any], dtype: Any) -> Any:
+    """The array, tensor or scalar of which a file has an array; in its memory, but for scalars."""
+    name = "" if isinstance(dtype, list) else dtype.removeprefix(TORCH).removeprefix(SCALAR)
+    tensor = isinstance(dtype, str) and dtype.startswith(TORCH)
+    found = _torch_dtype(name) if tensor else _dtype(name or dtype)
+    if name in NAMED:
+        fits = array.dtype == NAMED[name][1]
+    else:
+        fits = array.dtype == "u1" and array.ndim > 0 and array.shape[-1] == found.itemsize > 0
+    if not fits:
+        raise ValueError(f"{dtype}: stored as {array.dtype} of shape {array.shape}")
+    if tensor:
+        import torch
+
+        array = torch.from_numpy(array)
+    array = array.view(found) if name in NAMED else array.view(found)[..., 0]
+    return array[()] if name and dtype.startswith(SCALAR) else array
 
 
-def _tensor(array: NDArray[Any], name: str) -> Any:
+def _torch_dtype(name: str) -> Any:
     try:
         import torch
     except ImportError as error:
@@ -149,23 +222,34 @@ def _tensor(array: NDArray[Any], name: str) -> Any:
     # A quantized dtype on a tensor that is not: PyTorch would crash.
     if not isinstance(dtype, torch.dtype) or name.startswith("q"):
         raise ValueError(f"torch.{name}: no dtype of a tensor")
-    tensor = torch.from_numpy(array)
-    if tensor.dtype != dtype and (array.dtype.kind not in "iu" or array.dtype.itemsize != dtype.itemsize):
-        raise ValueError(f"torch.{name}: stored as {array.dtype}")
-    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+    return dtype
 
 
-def _extension(name: str, stored: np.dtype[Any]) -> np.dtype[Any]:
-    """A dtype of ml_dtypes whose bits are stored as another."""
+def _dtype(name: Any) -> np.dtype[Any]:
+    """A dtype from its name in NumPy or ml_dtypes, or from NumPy's description, in which JSON has lists for tuples."""
+
+    def of_fields(fields: Any) -> Any:
+        if not isinstance(fields, list):
+            return fields
+        return [
+            (tuple(name) if isinstance(name, list) else name, of_fields(inner), *map(tuple, shape))
+            for name, inner, *shape in fields
+        ]
+
+    if isinstance(name, list) or name[:1] in "<>|=":
+        dtype: np.dtype[Any] = npy.descr_to_dtype(of_fields(name))
+        if dtype.hasobject:
+            raise ValueError(f"{dtype}: objects")
+        return dtype
+    if name in NAMED and not name.startswith(("bfloat", "float8")):
+        return np.dtype(str(name))
     try:
         import ml_dtypes
     except ImportError as error:
         raise ImportError(f"the file holds {name}: pip install ml_dtypes") from error
 
     found = vars(ml_dtypes).get(name)
-    if not isinstance(found, type) or not issubclass(found, np.generic) or stored.kind not in "uV":
-        raise ValueError(f"{name}: no dtype, or stored as {stored}")
-    dtype = np.dtype(found)
-    if dtype.itemsize != stored.itemsize:
-        raise ValueError(f"{name}: stored as {stored}")
-    return dtype
+    if not isinstance(found, type) or not issubclass(found, np.generic):
+        raise ValueError(f"{name}: no dtype")
+    extension: np.dtype[Any] = np.dtype(found)
+    return extension
