@@ -41,7 +41,7 @@ NEEDS_package := --group package
 .DELETE_ON_ERROR:
 # Two pip runs at once in one environment would spoil it.
 .NOTPARALLEL:
-.PHONY: help demo demo-keras demo-torch demo-jax test test-frameworks lint types bench docs package clean
+.PHONY: help demo demo-keras demo-torch demo-jax test test-frameworks lint types bench fuzz docs package clean
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [ARGS="options of the program it runs"] [PYTHON=python3.12]'
@@ -82,6 +82,9 @@ bench: $(VENV)/.has-bench  ## time steps inside training loops, then by themselv
 	$(BIN)/python -m benchmarks.loops_jax $(LOOPS)
 	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python -m benchmarks.loops_keras $(LOOPS); done
 	$(BIN)/python -m benchmarks $(ARGS)
+
+fuzz: $(VENV)/.has-test  ## give mutated files and states to what loads them, for SECONDS (60)
+	$(BIN)/python tests/fuzz.py $(or $(SECONDS),60)
 
 docs: $(VENV)/.has-docs  ## build the documentation into SITE (site/)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir '$(SITE)'

@@ -16,6 +16,7 @@ BELOW = {
     "core": set(),
     "kernels": {"core"},
     "checkpoint": {"core"},
+    "bench": {"checkpoint"},
     "conformance": set(),
     "watch": {"core"},
     "numpy": {"core", "kernels"},

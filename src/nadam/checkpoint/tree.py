@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,16 +128,23 @@ def _stored(value: Any, where: str) -> Stored | None:
             return None
     except (TypeError, ValueError, RuntimeError) as error:  # of a tracer, a deleted array, another process's
         raise TypeError(f"{where}: a {_named(value)} cannot be saved: {error}") from error
-    dtype = value.dtype
+    name, described = _names(value.dtype)
+    if described is None:
+        raise TypeError(f"{where}: an array of {value.dtype} cannot be saved")
+    return _bits(value, name, prefix + described if prefix else described)
+
+
+@lru_cache(1000)
+def _names(dtype: np.dtype[Any]) -> tuple[str, Any]:
+    """The name in NAMED of a dtype, if it has one, and what `restore` knows it by; None if it cannot be saved."""
     if dtype.type.__module__ == "ml_dtypes":  # of which NumPy has no description
-        return _bits(value, dtype.name, prefix + dtype.name)
+        return dtype.name, dtype.name
     with suppress(TypeError, ValueError):
         described: Any = npy.dtype_to_descr(dtype)
         if dtype.itemsize and not dtype.hasobject and npy.descr_to_dtype(described) == dtype:
-            if dtype.name in NAMED and NAMED[dtype.name][1] == described:
-                return _bits(value, dtype.name, prefix + dtype.name)
-            return _bits(value, "", prefix + described if prefix else described)
-    raise TypeError(f"{where}: an array of {dtype} cannot be saved")
+            named = dtype.name in NAMED and NAMED[dtype.name][1] == described
+            return (dtype.name, dtype.name) if named else ("", described)
+    return "", None
 
 
 def _bits(array: NDArray[Any], name: str, dtype: Any) -> Stored:
