@@ -122,7 +122,7 @@ class PortableState:
         return cls(**given)
 
     def renamed(self, rename: Rename | None = None, transpose: Transpose | None = None) -> PortableState:
-        """The same under other names and with other axes.
+        """State whose parameters have other names, and arrays with other axes.
 
         Args:
             rename: From names here to those of the result, which others keep; or a function of a name.
