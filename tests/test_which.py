@@ -13,9 +13,17 @@ import pytest
 from nadam.conformance import identify
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = spec_from_file_location("nadams", ROOT / "examples" / "nadams.py")
-nadams = module_from_spec(SPEC)
-SPEC.loader.exec_module(nadams)
+
+
+def from_examples(name):
+    """Import a program of examples/."""
+    spec = spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nadams = from_examples("nadams")
 ROWS = {row.name: row for row in nadams.ROWS}
 # Member, precision, and the cases that depart from it. Those of Keras and TensorFlow: keras/test_which_keras.py.
 EXPECTED = {
