@@ -25,7 +25,7 @@ def test_a_thousand_float32_steps_are_as_good_as_rounding_allows(settings):
 
 
 def test_the_second_moment_has_no_bias():
-    """Unlike one of two weights, whose sum is not 1 once each is rounded (docs/semantics.md)."""
+    """Unlike one of two weights, whose sum is not 1 once each is rounded (docs/precision.md)."""
     rng, beta2 = np.random.default_rng(0), 0.999
     means = rng.uniform(0.1, 3.0, 500)
     param, optimizer = np.zeros(500, np.float32), nadam.Nadam(beta_2=beta2)

@@ -1,4 +1,4 @@
-"""The optimizers chosen by name, and what docs/integrations.md shows of it."""
+"""The optimizers chosen by name, and the settings that docs/recipes show; their programs run in tests/test_docs.py."""
 
 import re
 import sys
@@ -15,9 +15,12 @@ pytestmark = [  # of Lightning, which asks jsonargparse for what it would rather
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers:UserWarning"),
 ]
-PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-# The code of each section.
-SHOWN = dict(re.findall(r"^## (\w+)\n(?:(?!^## ).)*?```\w+\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+
+
+def shown(page):
+    """The settings that a page shows."""
+    return re.search(r"```yaml\n(.*?)```", (RECIPES / page).read_text(), re.DOTALL)[1]
 
 
 @pytest.fixture
@@ -49,13 +52,6 @@ def test_timm_makes_them_by_name(timm, caplog):
     assert type(timm.create_optimizer_v2(parameters(), opt="NAdam.NAdam", eps=1e-6)) is NAdam
     params = parameters()
     train(timm.create_optimizer_v2(params, opt="lookahead_nadam.nadamw", lr=0.01), params, 7)
-
-
-def test_timm_as_shown(timm):
-    names = {"model": torch.nn.Linear(2, 1)}
-    exec(SHOWN["timm"], names)
-    assert type(names["optimizer"]) is NAdamW
-    assert [group["weight_decay"] for group in names["optimizer"].param_groups] == [0.0, 0.05]
 
 
 def test_timm_with_a_registry_of_its_own(timm):
@@ -108,7 +104,7 @@ def test_lightning_by_path(made_by_cli, cls):
 
 
 def test_lightning_as_shown(made_by_cli, tmp_path):
-    (tmp_path / "chosen.yaml").write_text(SHOWN["Lightning"])
+    (tmp_path / "chosen.yaml").write_text(shown("lightning.md"))
     optimizer = made_by_cli("--config", "chosen.yaml")
     assert type(optimizer) is NAdamW
     assert [optimizer.param_groups[0][name] for name in ("lr", "betas")] == [1e-3, (0.9, 0.98)]
@@ -121,22 +117,11 @@ def test_lightning_refuses_an_argument_that_there_is_not(made_by_cli, capsys):
     assert "momentum_decay" in capsys.readouterr().err
 
 
-def test_transformers_as_shown(tmp_path):
-    pytest.importorskip("accelerate")
-    transformers = pytest.importorskip("transformers")
-    arguments = transformers.TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none")
-    names = {"model": torch.nn.Linear(2, 1), "arguments": arguments, "data": []}
-    exec(SHOWN["Transformers"], names)
-    optimizer = names["trainer"].create_optimizer()
-    assert type(optimizer) is NAdamW
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
-
-
 def test_hydra_as_shown():
     hydra = pytest.importorskip("hydra")
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(SHOWN["Hydra"])
+    config = OmegaConf.create(shown("index.md"))
     optimizer = hydra.utils.instantiate(config.optimizer)(parameters())
     assert type(optimizer) is NAdamW
     assert optimizer.param_groups[0]["lr"] == 1e-3

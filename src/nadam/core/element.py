@@ -82,6 +82,7 @@ def element(
         >>> element(1.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.5, 0.0, s, False, True, False, True)
         (0.85, 0.125, 0.0625, 1.425)
     """
+    # --8<-- [start:element]  (shown in docs/rule.md)
     if accumulated:
         grad = accumulator + grad * s.inv_scale
     grad = grad * factor
@@ -107,3 +108,4 @@ def element(
         ema = average(ema, param, s.ema_momentum, s.ema_weight)
         param = where(s.overwrite != 0, ema, param)
     return param, exp_avg, exp_avg_sq, ema
+    # --8<-- [end:element]
