@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from shutil import which
 from textwrap import dedent
 
 import pytest
@@ -137,3 +138,37 @@ def test_a_page_that_is_wrong_is_seen(tmp_path):
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         run(["1 / 0"], tmp_path)
     assert run(["import bogus_package"], tmp_path) == "bogus_package"
+
+
+# Each page in a frame as wide as a telephone; how wide its content is, in the title of the page around.
+FRAMES = """<title></title><script>
+for (const page of PAGES) {
+  const frame = document.createElement("iframe");
+  frame.style.width = "390px"; frame.style.height = "800px"; frame.src = page;
+  frame.onload = () => { document.title += page + " " + frame.contentDocument.documentElement.scrollWidth + ";"; };
+  document.documentElement.appendChild(frame);
+}
+</script>"""
+
+
+def test_no_page_is_wider_than_a_telephone_or_loads_from_elsewhere(tmp_path):
+    chromium = which("chromium") or which("chromium-browser") or pytest.skip("chromium is not installed")
+    for package in ("mkdocs", "material", "mkdocstrings", "ziamath"):
+        pytest.importorskip(package)
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(site)]
+    subprocess.run(build, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    (site / "wide.html").write_text("<!doctype html><div style='width: 500px'>wide</div>")
+    pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html") if page.name != "404.html")
+    (site / "frames.html").write_text(FRAMES.replace("PAGES", json.dumps(pages)))
+    options = ["--headless", "--no-sandbox", "--allow-file-access-from-files", "--virtual-time-budget=60000"]
+    command = [chromium, *options, "--dump-dom", (site / "frames.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    widths = dict(re.findall(r"(\S+\.html) (\d+);", re.search(r"<title>(.*?)</title>", dom)[1]))
+    assert widths.keys() == set(pages)
+    assert [page for page in pages if int(widths[page]) > 390] == ["wide.html"]
+    for page in pages:
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]* src="https?:|<link[^>]* href="https?:', (site / page).read_text()
+        )
+        assert not loaded, page

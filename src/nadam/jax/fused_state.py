@@ -21,7 +21,7 @@ class FusedState(NamedTuple):
     """State of `fused`: a tree of arrays, whose structure depends on the settings alone.
 
     Attributes:
-        count: int32, calls so far, without those that were skipped; at 2**31 - 1 it stays.
+        count: int32, calls so far, without those that were skipped; at ``2**31 - 1`` it stays.
         mu: First moments, not bias-corrected; a tree like the parameters.
         nu: Second moments, likewise.
         mu_product: Product of the momenta of all updates so far.

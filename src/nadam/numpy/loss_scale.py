@@ -23,7 +23,7 @@ class LossScaleOptimizer(Closed):
 
     Args:
         inner_optimizer: Does the steps; its own ``loss_scale_factor`` is set to None.
-        initial_scale: Of the loss, between 2**-126 and 2**127, which it never leaves.
+        initial_scale: Of the loss, between ``2**-126`` and ``2**127``, which it never leaves.
         dynamic_growth_steps: Calls, at least 1.
         name: For `get_config`.
 

@@ -70,7 +70,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
             it then moves as a float32 parameter would.
         exp_avg_dtype: torch.bfloat16 to keep the first moments of all but float64 and complex parameters in two bytes,
             rounded stochastically, so that small changes add up; None for the dtype that is computed in.
-        seed: Of that rounding, 0 <= seed < 2**32; it also depends on the step, so a resumed run goes on alike.
+        seed: Of that rounding, ``0 <= seed < 2**32``; it also depends on the step, so a resumed run goes on alike.
 
     Raises:
         ValueError: A value out of its range, or two clips; it is named, with what is allowed.

@@ -1,12 +1,13 @@
-"""Equations of the documentation as SVG, drawn when it is built: no script, no font and no network where it is read.
+"""What building the documentation takes besides mkdocs.yml: equations, and sections of docstrings.
 
-A block ```` ```math ```` holds LaTeX, as on GitHub.
+A block ```` ```math ```` holds LaTeX, as on GitHub. It becomes SVG: no script, font or network to read it.
 """
 
 import re
 from html import escape
 from typing import Any
 
+import griffe
 from ziamath import Latex
 
 
@@ -21,3 +22,12 @@ def on_config(config: Any) -> Any:
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "math", "format": equation})
     return config
+
+
+class Sections(griffe.Extension):
+    """A docstring's section "Example" is what griffe knows as "Examples"."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename it before it is parsed."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
