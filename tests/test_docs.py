@@ -4,6 +4,7 @@ The programs of a page run in order, in one process for each backend of Keras th
 (`title="KERAS_BACKEND=jax"`). Those that cannot run everywhere are marked `{ .no-run }` and only compiled.
 """
 
+import ast
 import json
 import os
 import re
@@ -151,13 +152,32 @@ for (const page of PAGES) {
 </script>"""
 
 
-def test_no_page_is_wider_than_a_telephone_or_loads_from_elsewhere(tmp_path):
-    chromium = which("chromium") or which("chromium-browser") or pytest.skip("chromium is not installed")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation, built."""
     for package in ("mkdocs", "material", "mkdocstrings", "ziamath"):
         pytest.importorskip(package)
-    site = tmp_path / "site"
-    build = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(site)]
+    folder = tmp_path_factory.mktemp("documentation") / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "--site-dir", str(folder)]
     subprocess.run(build, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/api/")])
+def test_every_public_name_is_in_the_reference(site, page):
+    module = re.search(r"^::: (\S+)$", PAGES[page], re.MULTILINE)[1]
+    path = ROOT / "src" / module.replace(".", "/")
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    listed = re.search(r"^__all__ = (\[.*?\])", source, re.DOTALL | re.MULTILINE)
+    defined = re.findall(r"^(?:class|def) ([A-Za-z]\w*)", source, re.MULTILINE)
+    names = set(ast.literal_eval(listed[1]) if listed else defined)
+    built = (site / page.removeprefix("docs/")).with_suffix(".html").read_text()
+    shown = re.findall(r"doc-object-name[^>]*>(\w+)<", built)
+    assert names - {"checkpoint", "schedules"} <= set(shown)  # which have pages of their own
+
+
+def test_no_page_is_wider_than_a_telephone_or_loads_from_elsewhere(site):
+    chromium = which("chromium") or which("chromium-browser") or pytest.skip("chromium is not installed")
     (site / "wide.html").write_text("<!doctype html><div style='width: 500px'>wide</div>")
     pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html") if page.name != "404.html")
     (site / "frames.html").write_text(FRAMES.replace("PAGES", json.dumps(pages)))

@@ -33,16 +33,19 @@ import numpy as np
 
 __all__ = ["LIMIT", "MEMBERS", "Departure", "Result", "identify", "load"]
 
-# Member -> whose it is.
 MEMBERS = {
     "keras": "Keras's",
     "torch": "torch's",
     "optax": "optax's",
     "adam": "AlgoPerf's, timm's and TensorFlow 1's",
 }
-# How many ulps of 1 the parameters may be off: rounding alone gives less than 20 of either format in 40 steps, and the
-# nearest two members are 14,000 ulps of float32 apart.
+"""Member -> whose it is."""
 LIMIT = 100
+"""How many ulps of 1 the parameters may be off.
+
+Rounding alone gives less than 20 of either format in 40 steps, and the nearest two members are 14,000 ulps of float32
+apart.
+"""
 _ULP = {"float64": 2.0**-52, "float32": 2.0**-23}
 
 Step = Callable[[Any, Any], Any]

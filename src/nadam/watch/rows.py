@@ -10,7 +10,9 @@ import numpy as np
 from nadam.core.step import StepReport
 
 Row = dict[str, int | float | str | None]
+"""Column -> value of one step, None where there is none."""
 Writer = Callable[[Row], object]
+"""What takes rows: `CSV`, `TensorBoard` or any function."""
 
 NORMS = ("grad_norm", "param_norm", "update_norm")
 WRAPPED = ("optimizer", "inner_optimizer", "optim")  # how Accelerate, Keras and PyTorch call what they wrap
