@@ -142,7 +142,9 @@ def test_metadata_is_what_json_has(path):
 
 @pytest.mark.parametrize("state", [[1], None, np.ones(3), "text"], ids=str)
 def test_a_state_is_a_dict(path, state):
-    with pytest.raises(TypeError, match=f"state: {type(state).__name__}: expected an optimizer that nadam knows, or a dict"):
+    with pytest.raises(
+        TypeError, match=f"state: {type(state).__name__}: expected an optimizer that nadam knows, or a dict"
+    ):
         checkpoint.save(path, state)
     assert not path.exists()
 
