@@ -8,8 +8,6 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Options of the training loops of `make bench`.
-LOOPS ?=
 SITE ?= site
 CONSTRAINTS ?= constraints.txt
 DIST ?= dist
@@ -76,12 +74,8 @@ lint: $(VENV)/.has-lint  ## check style and formatting
 types: $(VENV)/.has-lint  ## check types, strictly
 	$(BIN)/mypy
 
-bench: $(VENV)/.has-bench  ## time steps inside training loops, then by themselves, against every peer
-	$(BIN)/python -m benchmarks.loops_numpy $(LOOPS)
-	$(BIN)/python -m benchmarks.loops_torch $(LOOPS)
-	$(BIN)/python -m benchmarks.loops_jax $(LOOPS)
-	@for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python -m benchmarks.loops_keras $(LOOPS); done
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.has-bench  ## time training loops against every peer and the floor, draw report.html
+	$(BIN)/python -m nadam bench $(ARGS)
 
 fuzz: $(VENV)/.has-test  ## give mutated files and states to what loads them, for SECONDS (60)
 	$(BIN)/python tests/fuzz.py $(or $(SECONDS),60)
@@ -95,7 +89,7 @@ package: $(VENV)/.has-package  ## build sdist and wheel into DIST (dist/) and ch
 	$(BIN)/python -m twine check --strict '$(DIST)'/nadam-*
 
 clean:  ## remove the environment, caches and everything built
-	rm -rf $(VENV) build dist site demo.png torch_char_lm.png keras_mnist.* jax_mnist jax_mnist.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo.png report.html torch_char_lm.png keras_mnist.* jax_mnist jax_mnist.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard src tests benchmarks examples) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.pip:

@@ -25,7 +25,7 @@ def test_extras_are_those_that_the_errors_and_the_readme_name():
     assert list(extras) == ["torch", "keras", "jax", "demo", "bench", "all"]
     assert extras["all"] == [f"nadam[{','.join(name for name in extras if name != 'all')}]"]
     named = re.findall(r"nadam\[([\w,]+)\]", (ROOT / "README.md").read_text())
-    assert {name for names in named for name in names.split(",")} == {"torch", "keras", "jax"}
+    assert {name for names in named for name in names.split(",")} == {"torch", "keras", "jax", "bench"}
 
 
 def test_what_the_makefile_installs_is_there():

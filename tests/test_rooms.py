@@ -23,6 +23,9 @@ BELOW = {
     "torch": {"core", "kernels"},
     "jax": {"core", "kernels"},
     "keras": {"core", "kernels", "torch", "jax"},
+    "bench": {"core", "kernels", "numpy", "torch", "jax", "keras", "watch"},
+    "cli": {"core", "kernels", "bench"},
+    "__main__": {"cli"},
 }
 # What the machine code of a step is compiled from besides the modules that Python runs.
 COMPILED = {"kernels/cpu/passes.py", "core/element.py", "core/rule.py"}

@@ -82,6 +82,17 @@ def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
 
 
+def unusable(path: Path) -> str | None:
+    """Why kernels are not kept in a folder; None where they are, or will be once it is made."""
+    try:
+        found = next(each for each in (path, *path.parents) if each.exists())
+        if not os.access(found, os.W_OK):
+            return f"{found} cannot be written to"
+        return _distrusted(path.stat()) if found == path else None
+    except OSError as error:
+        return str(error)
+
+
 def _distrusted(status: os.stat_result) -> str | None:
     """Who else can have written a file, or to a folder; None for nobody. Of Windows this is not asked."""
     if not hasattr(os, "geteuid"):

@@ -174,7 +174,8 @@ def _path(name: str) -> Path | None:
 @cache
 def _environment() -> str:
     """What machine code depends on besides the kernel's name and the mathematics."""
-    sources, files = hashlib.sha256(), sorted(Path(__file__).parents[2].glob("[ck]*/**/*.py"))
+    package, sources = Path(__file__).parents[2], hashlib.sha256()
+    files = sorted(file for room in ("core", "kernels") for file in (package / room).rglob("*.py"))
     if not files:
         raise FileNotFoundError("no sources to tell one version from another by")
     for source in files:

@@ -1,1 +1,3 @@
 """The passes on a GPU, compiled by Triton."""
+
+OLDEST_TRITON = (3, 6)

@@ -16,6 +16,7 @@ from torch import Tensor
 from nadam.core.counters import CALLS, SKIPPED
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.cpu.pointers import Held
+from nadam.kernels.gpu import OLDEST_TRITON
 from nadam.torch.bucket_cache import BucketCache, gradient_of
 from nadam.torch.buckets import COUNTERS, Groups, ParamBucket, usable
 from nadam.torch.memory import Array, watching
@@ -23,7 +24,6 @@ from nadam.torch.sharding import device_combiner, local, local_gradient
 
 # Where there are Triton's kernels. A test adds the CPU, with Triton's interpreter.
 DEVICES = {"cuda"}
-OLDEST_TRITON = (3, 6)
 
 
 @cache

@@ -1,8 +1,5 @@
 """Time `step()` of PyTorch's optimizers inside a training loop: forward and backward between the steps, in turns.
 
-    python -m benchmarks.loops_torch
-    python -m benchmarks.loops_torch --model "MLP, 0.27M"
-
 "Full" is global-norm clipping, decoupled decay and a moving average: in ours by its arguments, around PyTorch's by
 clip_grad_norm_ and a foreach average. The floor moves the same bytes at the same place, on the same threads.
 """
@@ -12,25 +9,40 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.floor import floor_step
-from benchmarks.loops import CONVOLUTIONS, DENSE, TRANSFORMER, Sample, full_settings, report
+from nadam.bench.loops import (
+    BIG,
+    CONVOLUTIONS,
+    DENSE,
+    MLP,
+    MODELS,
+    STEPS,
+    TRANSFORMER,
+    Sample,
+    floor_step,
+    full_settings,
+)
+from nadam.bench.records import FLOOR, OURS
 from nadam.torch import NAdam
 
 WANTED = {
-    ("20 layers, 21M", "plain"): {"fused Adam": 1.05, "NAdam": 6.0, "floor": 0.93},
-    ("20 layers, 21M", "full"): {"fused Adam": 1.6, "NAdam": 4.5, "floor": 0.93},
+    (BIG, "plain"): {"fused Adam": 1.05, "NAdam": 6.0, FLOOR: 0.93},
+    (BIG, "full"): {"fused Adam": 1.6, "NAdam": 4.5, FLOOR: 0.93},
     (TRANSFORMER, "plain"): {"fused Adam": 1.6, "NAdam": 5.0},
     (TRANSFORMER, "full"): {"fused Adam": 2.0, "NAdam": 5.0},
-    ("MLP, 0.27M", "plain"): {"fused Adam": 1.15, "NAdam": 2.5},
-    ("MLP, 0.27M", "full"): {"fused Adam": 2.0, "NAdam": 3.0},
+    (MLP, "plain"): {"fused Adam": 1.15, "NAdam": 2.5},
+    (MLP, "full"): {"fused Adam": 2.0, "NAdam": 3.0},
 }
+LESS = None
+QUICK_MODELS, QUICK_STEPS = (MLP, TRANSFORMER), STEPS
 LR, DECAY = 1e-4, 1e-4
+__all__ = ["LESS", "MODELS", "QUICK_MODELS", "QUICK_STEPS", "WANTED", "loops"]
 
 
 def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -49,6 +61,12 @@ def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(*layers[:-1]), torch.randn(batch, units[0])
 
 
+def plain(make: Callable[..., Any], params: list[nn.Parameter]) -> Callable[[], Any]:
+    """A step of a peer."""
+    step: Callable[[], Any] = make(params).step
+    return step
+
+
 def with_recipe(make: Callable[..., Any], params: list[nn.Parameter]) -> Callable[[], None]:
     """A step of a peer with clipping and a moving average around it."""
     optimizer, averages = make(params), [param.detach().clone() for param in params]
@@ -62,6 +80,7 @@ def with_recipe(make: Callable[..., Any], params: list[nn.Parameter]) -> Callabl
 
 
 def peers(kind: str) -> dict[str, Callable[..., Any]]:
+    """PyTorch's optimizers, each a function of the parameters."""
     if kind == "plain":
         fused = torch.optim.Adam
         return {"fused Adam": lambda p: fused(p, LR, fused=True), "NAdam": lambda p: torch.optim.NAdam(p, LR)}
@@ -72,7 +91,7 @@ def peers(kind: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-def loops(name: str, kind: str) -> dict[str, Sample]:
+def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
     """A sample of each, on a model of its own."""
     model, given = model_of(name)
 
@@ -92,10 +111,10 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
         return sample
 
     options = {**full_settings(), "decoupled_weight_decay": True} if kind == "full" else {}
-    made = {"ours": loop(lambda params: NAdam(params, LR, **options).step)}
+    made = {OURS: loop(lambda params: NAdam(params, LR, **options).step)}
     for who, make in peers(kind).items():
-        made[who] = loop(lambda params, make=make: make(params).step if kind == "plain" else with_recipe(make, params))
-    made["floor"] = loop(lambda params: floor(params, kind))
+        made[who] = loop(partial(with_recipe if kind == "full" else plain, make))
+    made[FLOOR] = loop(lambda params: floor(params, kind))
     return made
 
 
@@ -103,7 +122,3 @@ def floor(params: list[nn.Parameter], kind: str) -> Callable[[], None]:
     """What moves the bytes of a step."""
     move = floor_step([param.detach().numpy() for param in params], kind, torch.get_num_threads)
     return lambda: move([param.grad.numpy() for param in params])
-
-
-if __name__ == "__main__":
-    report("loops_torch", __doc__.splitlines()[0], loops, WANTED)

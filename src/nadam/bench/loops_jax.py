@@ -1,8 +1,5 @@
 """Time whole jitted training steps on JAX in turns, parameters and state donated; of each what it takes over SGD.
 
-    python -m benchmarks.loops_jax
-    python -m benchmarks.loops_jax --model "20 layers, 21M"
-
 "Full" is global-norm clipping, decoupled decay and a moving average: in `fused` by its arguments, of optax a chain with
 `optax.ema` of the parameters beside it. The floor moves the same bytes in XLA's own loops, a loop for each array.
 """
@@ -20,15 +17,19 @@ import optax
 from jax import numpy as jnp
 
 import nadam.jax
-from benchmarks.loops import CONVOLUTIONS, DENSE, TRANSFORMER, Sample, full_settings, report
+from nadam.bench.loops import BIG, CONVOLUTIONS, DENSE, MLP, MODELS, SMALL, STEPS, TRANSFORMER, Sample, full_settings
+from nadam.bench.records import FLOOR, OURS
 
 WANTED = {
-    ("20 layers, 21M", "plain"): {"optax": 1.4},
-    ("20 layers, 21M", "full"): {"optax": 2.5},
-    ("60 small layers", "plain"): {"optax": 1.7},
-    ("60 small layers", "full"): {"optax": 2.0},
+    (BIG, "plain"): {"optax": 1.4},
+    (BIG, "full"): {"optax": 2.5},
+    (SMALL, "plain"): {"optax": 1.7},
+    (SMALL, "full"): {"optax": 2.0},
 }
+LESS = "SGD"
+QUICK_MODELS, QUICK_STEPS = (MLP,), STEPS
 LR, DECAY = 1e-4, 1e-4
+__all__ = ["LESS", "MODELS", "QUICK_MODELS", "QUICK_STEPS", "WANTED", "loops"]
 
 
 def model_of(name: str) -> tuple[Any, Callable[[Any, Any], Any], Any]:
@@ -77,13 +78,13 @@ def steps(kind: str) -> dict[str, tuple[Callable[[Any], Any], Callable[..., Any]
     """(init, (grads, state, params) -> (params, state)) of each."""
     settings = full_settings() if kind == "full" else {}
     fused = nadam.jax.fused(LR, **settings)
-    made = {"ours": (fused.init, fused.step)}
+    made = {OURS: (fused.init, fused.step)}
     ours, theirs = (nadam.jax.nadamw, optax.nadamw) if kind == "full" else (nadam.jax.nadam, optax.nadam)
-    decay = {"weight_decay": DECAY} if kind == "full" else {}
+    decay: dict[str, Any] = {"weight_decay": DECAY} if kind == "full" else {}
     for who, make in (("optax", theirs), ("nadam within optax", ours)):
         made[who] = _of_optax(make(LR, **decay), kind)
-    made["floor"] = _floor(kind)
-    made["SGD"] = _of_optax(optax.sgd(LR), "plain")
+    made[FLOOR] = _floor(kind)
+    made[LESS] = _of_optax(optax.sgd(LR), "plain")
     return made
 
 
@@ -117,7 +118,7 @@ def _of_optax(transformation: Any, kind: str) -> tuple[Callable[[Any], Any], Cal
     return init, step
 
 
-def loops(name: str, kind: str) -> dict[str, Sample]:
+def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
     """A sample of each, a whole training step."""
     start, forward, inputs = model_of(name)
 
@@ -139,7 +140,3 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
         return sample
 
     return {who: loop(*functions) for who, functions in steps(kind).items()}
-
-
-if __name__ == "__main__":
-    report("loops_jax", __doc__.splitlines()[0], loops, WANTED, less="SGD")

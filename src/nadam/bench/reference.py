@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Array
+from nadam.bench.cases import Array
 
 
 class NumpyNadam:
@@ -34,6 +34,7 @@ class NumpyNadam:
         return self.beta1 * (1 - 0.5 * 0.96**t)
 
     def step(self, grads: Sequence[Array]) -> None:
+        """Update the parameters in place."""
         self.t += 1
         grads = [np.asarray(grad, self.compute) for grad in grads]
         if self.full:

@@ -1,6 +1,6 @@
 """What only a fresh process can tell: the memory that a step takes, and how long the first one does.
 
-``python -m benchmarks.probes`` is the fresh process of the first and prints its figures as JSON.
+``python -m nadam.bench.probes`` is the fresh process of the first and prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from benchmarks.cases import CASES, KINDS, Array, Ours
+from nadam.bench.cases import CASES, KINDS, Array, Ours
 
 FIRST_STEP = """
 import numpy as np
@@ -23,7 +23,6 @@ import nadam
 params = [np.ones(shape, np.float32) for shape in ((64, 64), (64,), (64, 10), (10,))]
 nadam.Nadam().apply([np.ones_like(param) for param in params], params)
 """
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def first_step_seconds(repeats: int = 5) -> float:
@@ -31,15 +30,15 @@ def first_step_seconds(repeats: int = 5) -> float:
     seen = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", FIRST_STEP], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", FIRST_STEP], check=True)
         seen.append(time.perf_counter() - start)
     return median(seen[1:])
 
 
 def step_memory() -> dict[str, int]:
     """Bytes that a step takes for a while, by the means of finding out; the worst of the kinds."""
-    command = [sys.executable, "-m", "benchmarks.probes"]
-    output = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "nadam.bench.probes"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures: dict[str, int] = json.loads(output)
     return figures
 
@@ -80,6 +79,7 @@ def _traced(step: Callable[[], object]) -> int:
 
 
 def main() -> None:
+    """Print the figures of this process."""
     worst = {"resident": 0, "traced": 0}
     for kind in KINDS:
         ours = Ours(CASES["161 tensors"], kind, "float32")

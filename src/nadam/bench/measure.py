@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 from statistics import median
+from time import perf_counter
 
 Work = Callable[[], object]
 Clock = Callable[[], float]
@@ -31,11 +32,17 @@ def calls_per_sample(work: Work, clock: Clock) -> int:
         calls *= 4
 
 
-def in_turns(works: Sequence[Work], *, small: bool, clock: Clock, repeats: int) -> list[list[float]]:
-    """Seconds that each piece of work takes, round by round; each has run before, so that nothing is compiled now."""
+def in_turns(
+    works: Sequence[Work], *, small: bool, clock: Clock, repeats: int, budget: float = inf
+) -> list[list[float]]:
+    """Seconds that each piece of work takes, round by round; each has run before, so that nothing is compiled now.
+
+    After ``budget`` seconds the rounds end, of which there is at least one.
+    """
     calls = [calls_per_sample(work, clock) if small else 1 for work in works]
     samples: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
+    begin = perf_counter()
+    while len(samples[0]) < repeats and not (samples[0] and perf_counter() - begin > budget):
         for work, count, seen in zip(works, calls, samples, strict=True):
             start = clock()
             for _ in range(count):
@@ -50,10 +57,5 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def alone(work: Work, *, small: bool, clock: Clock, repeats: int, budget: float = inf) -> float:
-    """Median seconds of one piece of work; once big work has taken ``budget`` seconds the repeats end."""
-    if small:
-        return median(in_turns([work], small=True, clock=clock, repeats=repeats)[0])
-    seen: list[float] = []
-    while len(seen) < repeats and sum(seen) < budget:
-        seen += in_turns([work], small=False, clock=clock, repeats=1)[0]
-    return median(seen)
+    """Median seconds of one piece of work; once it has taken ``budget`` seconds the repeats end."""
+    return median(in_turns([work], small=small, clock=clock, repeats=repeats, budget=budget)[0])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types, uint16
 
-from benchmarks.cases import Array
+from nadam.bench.cases import Array
 from nadam.kernels.cpu.machine_code import Kernel
 from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
 from nadam.kernels.cpu.threads import Sharing
@@ -139,7 +139,7 @@ class Floor:
     """The floor of a step over arrays that lie dense in memory.
 
     Args:
-        moved: Lists of arrays, as of `benchmarks.cases.Ours`: parameters, gradients, moments, and averages or none.
+        moved: Lists of arrays, as of `cases.Ours`: parameters, gradients, moments, and averages or none.
         kind: "plain", or "full" for one more read of the gradients and the averages.
         dtype: Number format of parameters and gradients.
         default_threads: PyTorch's number of threads, to move the bytes on these.
@@ -162,7 +162,7 @@ class Floor:
         arrays = (self._rows, self._chunks, self._zeros, self._totals)
         common = [address(self._control), len(self._chunks)]
         self._block = np.array([*common, *map(address, arrays)], np.int64)
-        self._shared = memoryview(self._control)
+        self._shared = self._control.data
         self._given = sum(sizes), len(self._chunks), default_threads
         readers = [_reader(dtype)] if kind == "full" else []
         self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in FORMS}
@@ -179,19 +179,3 @@ class Floor:
     def point_to(self, column: int, arrays: Sequence[Array]) -> None:
         """Take other arrays of the same sizes."""
         self._rows[:, column] = [address(array) for array in arrays]
-
-
-def floor_step(
-    params: Sequence[Array], kind: str, default_threads: Callable[[], int] | None = None
-) -> Callable[[Sequence[Array]], None]:
-    """What moves the bytes of a step of float32, called with the gradients, which may be others each time."""
-    state = [[param * 0 for param in params] for _ in range(3 if kind == "full" else 2)]
-    made: list[Floor] = []
-
-    def step(grads: Sequence[Array]) -> None:
-        if not made:
-            made.append(Floor([params, grads, *state], kind, "float32", default_threads))
-        made[0].point_to(1, grads)
-        made[0].forms["one loop"]()
-
-    return step

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cases import KINDS, Array
-from benchmarks.measure import Work
-from benchmarks.reference import NumpyNadam
+from nadam.bench.cases import KINDS, Array
+from nadam.bench.measure import Work
+from nadam.bench.reference import NumpyNadam
 
 LR, FULL = 1e-3, KINDS["full"]
 EMA_MOMENTUM = 0.99
@@ -30,7 +30,8 @@ class Running(NamedTuple):
     first: Callable[[], Any]
 
 
-def _numpy(params: Sequence[Array], grads: Sequence[Array], full: bool) -> Running:
+def on_numpy(params: Sequence[Array], grads: Sequence[Array], full: bool) -> Running:
+    """The reference in NumPy."""
     compute = np.float64 if params[0].dtype == np.float64 else np.float32
     optimizer = NumpyNadam(params, compute, full)
     return Running(partial(optimizer.step, grads), lambda: params[0])
@@ -44,7 +45,8 @@ def _tensors(arrays: Sequence[Array]) -> list[Any]:
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _torch(make: Callable[..., Any], params: Sequence[Array], grads: Sequence[Array], full: bool) -> Running:
+def on_torch(make: Callable[..., Any], params: Sequence[Array], grads: Sequence[Array], full: bool) -> Running:
+    """One of PyTorch's optimizers, which ``make`` makes of tensors and a decay."""
     import torch
 
     tensors = [torch.nn.Parameter(tensor) for tensor in _tensors(params)]
@@ -64,13 +66,15 @@ def _torch(make: Callable[..., Any], params: Sequence[Array], grads: Sequence[Ar
     return Running(step, lambda: tensors[0].detach().double().numpy())
 
 
-def _torch_nadam(tensors: Any, weight_decay: float) -> Any:
+def torch_nadam(tensors: Any, weight_decay: float) -> Any:
+    """PyTorch's Nadam by foreach operations."""
     import torch
 
     return torch.optim.NAdam(tensors, LR, weight_decay=weight_decay, decoupled_weight_decay=True, foreach=True)
 
 
-def _torch_adam(tensors: Any, weight_decay: float) -> Any:
+def torch_adam(tensors: Any, weight_decay: float) -> Any:
+    """PyTorch's AdamW in one pass."""
     import torch
 
     return torch.optim.AdamW(tensors, LR, weight_decay=weight_decay, fused=True)
@@ -143,13 +147,14 @@ class Peer(NamedTuple):
 
     @property
     def installed(self) -> bool:
+        """Whether all that it needs is there."""
         return all(find_spec(module) is not None for module in self.modules)
 
 
 PEERS = [
-    Peer("NumPy", (), _numpy),
-    Peer("torch NAdam", ("torch",), partial(_torch, _torch_nadam)),
-    Peer("torch fused Adam", ("torch",), partial(_torch, _torch_adam)),
+    Peer("NumPy", (), on_numpy),
+    Peer("torch NAdam", ("torch",), partial(on_torch, torch_nadam)),
+    Peer("torch fused Adam", ("torch",), partial(on_torch, torch_adam)),
     Peer("optax nadam", ("jax", "optax"), _optax, pinned=True),
     Peer("Keras on torch", ("keras", "torch"), _keras),
 ]

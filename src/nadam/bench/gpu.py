@@ -1,36 +1,33 @@
 """Check, then time, a step of nadam.torch.NAdam on an NVIDIA GPU against PyTorch's optimizers and a copy of memory.
 
-    python -m benchmarks.gpu
-    python -m benchmarks.gpu --case "ResNet-50" --quick
-
 Times are medians between CUDA events; "host" is how long a call keeps the host. "Full" is global-norm clipping,
 decoupled decay and a moving average: in ours by its arguments, around PyTorch's by clip_grad_norm_ and foreach
-averages. Bytes are those that the step has to move, each once; the share is of the bandwidth that copying a tensor of
-2 GiB reaches. Without a GPU it says so and exits with 2.
+averages. The floor is the time in which a copy of 2 GiB would move the bytes of a step, each once.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
+from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES
-from benchmarks.report import Table, duration, progress
+from nadam.bench.cases import CASES
+from nadam.bench.options import Options
+from nadam.bench.records import FLOOR, OURS, Timing, duration
 from nadam.torch import NAdam
 
 Shapes = Sequence[tuple[int, ...]]
 Work = Callable[[], object]
 
-LARGE = 512 << 20
+CHECK, LARGE = "the same as on the CPU", 512 << 20
 BILLIONS = "7B, scaled to memory"
 SIZES: dict[str, Shapes | None] = {
     "512M": [(LARGE,)],
@@ -75,6 +72,7 @@ def tensors(shapes: Shapes, dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 
 def ours(params: list[torch.nn.Parameter], dtype: str, kind: str) -> Work:
+    """A step of ours."""
     options = FULL if kind == "full" else {}
     remainder = dtype == "bfloat16+16"
     optimizer = NAdam(params, lr=1e-3, decoupled_weight_decay=True, remainder=remainder, capturable=True, **options)
@@ -82,6 +80,8 @@ def ours(params: list[torch.nn.Parameter], dtype: str, kind: str) -> Work:
 
 
 def peer(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Work]:
+    """A step of one of PyTorch's, as a function of parameters, number format and kind."""
+
     def made(params: list[torch.nn.Parameter], dtype: str, kind: str) -> Work:
         del dtype
         full = kind == "full"
@@ -165,6 +165,74 @@ def in_graph(work: Work) -> Work:
     return graph.replay
 
 
+def units(options: Options) -> list[tuple[str, ...]]:
+    """First the check, then cases, number formats and kinds; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    return [(CHECK,), *product(options.chosen(list(SIZES), ["ResNet-50"]), DTYPES, KINDS)]
+
+
+def measure(options: Options, case: str, dtype: str = "", kind: str = "") -> Iterator[Timing]:
+    """A row for each of the others, and one for the bytes of a step at the speed of a copy.
+
+    Raises:
+        RuntimeError: The GPU does not give what the CPU gives.
+    """
+    if case == CHECK:
+        check()
+        return
+    shapes = SIZES[case] or billions(torch.cuda.mem_get_info()[0], 24 if kind == "plain" else 32)
+    count = sum(map(math.prod, shapes))
+    contestants = {OURS: ours} if dtype == "bfloat16+16" else {OURS: ours, **PEERS}
+    if count < SMALL:
+        contestants["ours, graph"] = ours
+    own = math.nan
+    for name, make in contestants.items():
+        try:
+            taken, note = timed(make, shapes, dtype, kind, name.endswith("graph"), options.rounds)
+        except torch.OutOfMemoryError:
+            continue
+        host = f"{options.heading} on {torch.cuda.get_device_name()}"
+        if name == OURS:
+            own, name = taken, FLOOR
+            needed = moved_bytes(count, dtype, kind)
+            taken, note = needed / bandwidth(options.rounds), f"{note}, {needed / own / 1e9:.0f} GB/s"
+        yield Timing(host, f"{case}, {dtype}", kind, name, own, taken, taken / own, note=note)
+
+
+def timed(
+    make: Callable[..., Work], shapes: Shapes, dtype: str, kind: str, graph: bool, rounds: int
+) -> tuple[float, str]:
+    """Seconds of a step, and what it asks of the host."""
+    small = sum(map(math.prod, shapes)) < SMALL
+    work: Work | None = None
+    try:
+        work = make(tensors(shapes, DTYPES[dtype]), dtype, kind)
+        work()
+        if graph:
+            work = in_graph(work)
+        flush = None if small else torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+        taken = seconds(work, rounds, 20 if small else 1, flush)
+        return taken, f"{launches(work)} launches, {duration(host_seconds(work, rounds))} on the host"
+    finally:
+        work = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def check() -> None:
+    """Compare a few steps on the GPU with those on the CPU.
+
+    Raises:
+        RuntimeError: They are further apart than rounding takes them.
+    """
+    for dtype, kind in product(DTYPES, KINDS):
+        distance = apart(dtype, kind)
+        if not distance <= 8.0:
+            raise RuntimeError(f"{dtype}, {kind}: {distance:.2f} units in the last place from the CPU, which is WRONG")
+
+
+@cache
 def bandwidth(repeats: int) -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.ones(LARGE, device="cuda")
@@ -188,91 +256,3 @@ def apart(dtype: str, kind: str) -> float:
     pairs = [(a.detach().cpu().double(), b.detach().double()) for a, b in zip(on_gpu, on_cpu, strict=True) if a.numel()]
     unit = torch.finfo(DTYPES[dtype]).eps
     return max(float(((a - b).abs() / (unit * b.abs().clamp(min=1.0))).max()) for a, b in pairs)
-
-
-def checked() -> bool:
-    """Whether the GPU gives what the CPU gives."""
-    good = True
-    for dtype in DTYPES:
-        for kind in KINDS:
-            distance = apart(dtype, kind)
-            fine = distance <= 8.0
-            good = good and fine
-            print(f"{dtype}, {kind}: {distance:.2f} units in the last place from the CPU: {'ok' if fine else 'WRONG'}")
-    return good
-
-
-def rows(case: str, dtype: str, kind: str, args: argparse.Namespace, peak: float) -> Iterator[list[str]]:
-    """One row for each contestant."""
-    shapes = SIZES[case] or billions(torch.cuda.mem_get_info()[0], 24 if kind == "plain" else 32)
-    count = sum(map(math.prod, shapes))
-    small = count < SMALL
-    needed = moved_bytes(count, dtype, kind)
-    contestants = {"ours": ours} if dtype == "bfloat16+16" else {"ours": ours, **PEERS}
-    if small:
-        contestants["ours, graph"] = ours
-    first = math.nan
-    for name, make in contestants.items():
-        progress(f"{case}, {dtype}, {kind}: {name}")
-        try:
-            work = make(tensors(shapes, DTYPES[dtype]), dtype, kind)
-            work()
-            if name.endswith("graph"):
-                work = in_graph(work)
-            flush = None if small else torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-            taken = seconds(work, args.repeats, 20 if small else 1, flush)
-            on_host = host_seconds(work, args.repeats)
-            count_launched = launches(work)
-        except torch.OutOfMemoryError:
-            yield [case, dtype, kind, name, "no memory", "", "", "", "", "", ""]
-            continue
-        finally:
-            work = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        first = taken if name == "ours" else first
-        speed = needed / taken
-        cells = [
-            f"{needed / 1e9:.2f}",
-            f"{speed / 1e9:.0f}",
-            f"{speed / peak:.2f}",
-            count_launched,
-            duration(on_host),
-            f"{taken / first:.2f}",
-        ]
-        yield [case, dtype, kind, name, duration(taken), *cells]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", nargs="+", choices=list(SIZES), default=list(SIZES), help="only these")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="only these")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="only these")
-    parser.add_argument("--repeats", type=int, default=30, help="samples per figure")
-    parser.add_argument("--quick", action="store_true", help="a first look: 5 samples")
-    args = parser.parse_args()
-    if args.quick:
-        args.repeats = 5
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu: PyTorch sees no GPU here, so nothing is checked and nothing timed")
-        return 2
-    from triton import __version__ as triton_version
-
-    versions = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, Triton {triton_version}"
-    print(f"{torch.cuda.get_device_name()}, {versions}")
-    if not checked():
-        return 1
-    peak = bandwidth(args.repeats)
-    print(f"a copy moves {peak / 1e9:.0f} GB/s")
-    columns = [("case", -20), ("dtype", -11), ("kind", -5), ("who", -16), ("step", 9), ("GB", 7), ("GB/s", 6)]
-    table = Table([*columns, ("share", 5), ("launches", 8), ("host", 9), ("x ours", 6)])
-    for case in args.case:
-        for dtype in args.dtype:
-            for kind in args.kind:
-                for row in rows(case, dtype, kind, args, peak):
-                    table.row(row)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

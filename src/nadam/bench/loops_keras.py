@@ -1,14 +1,12 @@
 """Time whole steps of Keras's `fit()` with ours and Keras's own optimizers in turns, on one backend.
 
-    KERAS_BACKEND=torch python -m benchmarks.loops_keras
-    KERAS_BACKEND=jax python -m benchmarks.loops_keras --model "20 layers, 21M"
-
 "Full" is global_clipnorm, weight_decay and use_ema, which Keras's own have as well. SGD is there to see what a step
 takes without an optimizer to speak of.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -16,18 +14,24 @@ import keras
 import numpy as np
 
 import nadam.keras
-from benchmarks.loops import CONVOLUTIONS, DENSE, MODELS, TRANSFORMER, Sample, full_settings, report
-from benchmarks.report import progress
+from nadam.bench import loops as shared
+from nadam.bench.loops import BIG, CONVOLUTIONS, DENSE, MLP, SMALL, TRANSFORMER, Sample, full_settings
+from nadam.bench.records import OURS
 
-BIG, SMALL, MLP = "20 layers, 21M", "60 small layers", "MLP, 0.27M"
 # Whole steps of Keras's Nadam over ours: plain and full.
 OVER_NADAM = {
     "torch": {BIG: (3.0, 3.5), SMALL: (1.5, 2.3), MLP: (1.7, 2.0)},
     "jax": {BIG: (1.1, 1.2), SMALL: (1.3, 1.3), MLP: (1.05, 1.05)},
     "tensorflow": {BIG: (1.15, 1.4), SMALL: (1.15, 1.3), MLP: (1.25, 1.7)},
 }
+WANTED = {
+    (model, kind): {"Nadam": bound}
+    for model, bounds in OVER_NADAM[keras.config.backend()].items()
+    for kind, bound in zip(shared.KINDS, bounds, strict=True)
+}
+MODELS, LESS = tuple(name for name in shared.MODELS if name != TRANSFORMER), None
+QUICK_MODELS, QUICK_STEPS = (MLP,), 2
 LR = 1e-4
-MODELS[:] = [name for name in MODELS if name != TRANSFORMER]
 
 
 def model_of(name: str) -> tuple[Any, tuple[int, ...], int]:
@@ -46,11 +50,11 @@ def model_of(name: str) -> tuple[Any, tuple[int, ...], int]:
     return keras.Sequential([keras.Input((units[0],)), *dense, layers.Dense(units[-1])]), (units[0],), batch
 
 
-def loops(name: str, kind: str) -> dict[str, Sample]:
+def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
     """A sample of each: seconds of a training step within fit()."""
     settings: dict[str, Any] = full_settings() if kind == "full" else {}
     made = {
-        "ours": nadam.keras.Nadam(LR, **settings),
+        OURS: nadam.keras.Nadam(LR, **settings),
         "Nadam": keras.optimizers.Nadam(LR, **settings),
         "Adam": keras.optimizers.Adam(LR, **settings),
         "SGD": keras.optimizers.SGD(LR),
@@ -60,7 +64,7 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
         keras.utils.set_random_seed(0)
         model, shape, batch = model_of(name)
         model.compile(optimizer, loss="mse", jit_compile="auto")
-        batches = 8 if name == BIG else 40  # of a sample, one call of fit()
+        batches = 8 if quick or name == BIG else 40  # of a sample, one call of fit()
         inputs = np.random.default_rng(0).normal(size=(batch * batches, *shape)).astype(np.float32)
         targets = np.zeros((len(inputs), *model.output_shape[1:]), np.float32)
 
@@ -78,16 +82,7 @@ def loops(name: str, kind: str) -> dict[str, Sample]:
             sample()
             sample()
         except Exception as error:  # Keras's own with use_ema donate the same buffer twice on JAX
-            progress(f"{who}: {type(error).__name__}: {str(error)[:80]}")
+            print(f"{who}: {type(error).__name__}: {str(error)[:80]}", file=sys.stderr)
         else:
             samples[who] = sample
     return samples
-
-
-if __name__ == "__main__":
-    over = OVER_NADAM.get(keras.backend.backend(), {})
-    wanted = {
-        (m, k): {"Nadam": r} for m, ratios in over.items() for k, r in zip(("plain", "full"), ratios, strict=True)
-    }
-    print(f"Keras {keras.__version__} on {keras.backend.backend()}")
-    report("loops_keras", __doc__.splitlines()[0], loops, wanted)

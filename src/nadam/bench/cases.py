@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-import nadam
+from nadam.numpy import Nadam
 
 Array = NDArray[Any]
 Shapes = tuple[tuple[int, ...], ...]
@@ -30,6 +30,7 @@ class Case(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
+        """Elements of each tensor."""
         return [prod(shape) for shape in self.shapes]
 
 
@@ -72,10 +73,12 @@ def bytes_moved(kind: str, dtype: str) -> int:
 
 
 def as_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name; bfloat16 is that of `ml_dtypes`."""
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 
@@ -102,7 +105,7 @@ class Ours:
 
     def __init__(self, case: Case, kind: str, dtype: str) -> None:
         self.params, self.grads = random_arrays(case.shapes, dtype, 0), random_arrays(case.shapes, dtype, 1)
-        self.optimizer = nadam.Nadam(**KINDS[kind])
+        self.optimizer = Nadam(**KINDS[kind])
         self.optimizer.apply(self.grads, self.params)
         n, state = len(self.params), self.optimizer.variables
         averages, moments = state[2 : -2 * n - 1], state[-2 * n - 1 : -1]
@@ -111,4 +114,5 @@ class Ours:
             self.moved.append(averages)
 
     def step(self) -> None:
+        """One step."""
         self.optimizer.apply(self.grads, self.params)

@@ -1,1 +1,0 @@
-"""Timings of a step against the memory floor and against every installed peer: ``python -m benchmarks``."""
