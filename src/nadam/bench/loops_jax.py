@@ -17,7 +17,7 @@ import optax
 from jax import numpy as jnp
 
 import nadam.jax
-from nadam.bench.loops import BIG, CONVOLUTIONS, DENSE, MLP, MODELS, SMALL, STEPS, TRANSFORMER, Sample, full_settings
+from nadam.bench.loops import BIG, CONVOLUTIONS, DENSE, MLP, MODELS, SMALL, TRANSFORMER, Sample, full_settings
 from nadam.bench.records import FLOOR, OURS
 
 WANTED = {
@@ -27,9 +27,9 @@ WANTED = {
     (SMALL, "full"): {"optax": 2.0},
 }
 LESS = "SGD"
-QUICK_MODELS, QUICK_STEPS = (MLP,), STEPS
+QUICK_MODELS = (MLP,)
 LR, DECAY = 1e-4, 1e-4
-__all__ = ["LESS", "MODELS", "QUICK_MODELS", "QUICK_STEPS", "WANTED", "loops"]
+__all__ = ["LESS", "MODELS", "QUICK_MODELS", "WANTED", "loops"]
 
 
 def model_of(name: str) -> tuple[Any, Callable[[Any, Any], Any], Any]:

@@ -30,7 +30,7 @@ WANTED = {
     for kind, bound in zip(shared.KINDS, bounds, strict=True)
 }
 MODELS, LESS = tuple(name for name in shared.MODELS if name != TRANSFORMER), None
-QUICK_MODELS, QUICK_STEPS = (MLP,), 2
+QUICK_MODELS = (MLP,)
 LR = 1e-4
 
 
@@ -64,7 +64,7 @@ def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
         keras.utils.set_random_seed(0)
         model, shape, batch = model_of(name)
         model.compile(optimizer, loss="mse", jit_compile="auto")
-        batches = 8 if quick or name == BIG else 40  # of a sample, one call of fit()
+        batches = 4 if quick else 8 if name == BIG else 40  # of a sample, one call of fit()
         inputs = np.random.default_rng(0).normal(size=(batch * batches, *shape)).astype(np.float32)
         targets = np.zeros((len(inputs), *model.output_shape[1:]), np.float32)
 

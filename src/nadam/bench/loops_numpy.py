@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from nadam.bench.cases import Array
-from nadam.bench.loops import DENSE, MLP, STEPS, Sample, floor_step, full_settings
+from nadam.bench.loops import DENSE, MLP, Sample, floor_step, full_settings
 from nadam.bench.records import FLOOR, OURS
 from nadam.bench.reference import NumpyNadam
 from nadam.numpy import Nadam
 
 MODELS, LESS = tuple(DENSE), None
-QUICK_MODELS, QUICK_STEPS = (MLP,), STEPS
+QUICK_MODELS = (MLP,)
 WANTED: dict[tuple[str, str], dict[str, float]] = {}
 
 

@@ -22,7 +22,6 @@ from nadam.bench.loops import (
     DENSE,
     MLP,
     MODELS,
-    STEPS,
     TRANSFORMER,
     Sample,
     floor_step,
@@ -40,9 +39,9 @@ WANTED = {
     (MLP, "full"): {"fused Adam": 2.0, "NAdam": 3.0},
 }
 LESS = None
-QUICK_MODELS, QUICK_STEPS = (MLP, TRANSFORMER), STEPS
+QUICK_MODELS = (MLP, TRANSFORMER)
 LR, DECAY = 1e-4, 1e-4
-__all__ = ["LESS", "MODELS", "QUICK_MODELS", "QUICK_STEPS", "WANTED", "loops"]
+__all__ = ["LESS", "MODELS", "QUICK_MODELS", "WANTED", "loops"]
 
 
 def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:

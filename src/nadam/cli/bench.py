@@ -18,7 +18,7 @@ from nadam.bench.options import HOSTS
 
 PARTS = ("loops", "gpu", "growth", "kept")
 STEPS = ("steps", "watching", "targets")
-ROUNDS, QUICK_ROUNDS = 12, 5
+ROUNDS, QUICK_ROUNDS = 12, 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
