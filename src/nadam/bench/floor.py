@@ -143,6 +143,7 @@ class Floor:
         kind: "plain", or "full" for one more read of the gradients and the averages.
         dtype: Number format of parameters and gradients.
         default_threads: PyTorch's number of threads, to move the bytes on these.
+        forms: Those to compile.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Floor:
         kind: str,
         dtype: str,
         default_threads: Callable[[], int] | None = None,
+        forms: Sequence[str] = FORMS,
     ) -> None:
         self._keep = moved
         sizes = [array.size for array in moved[0]]
@@ -165,7 +167,7 @@ class Floor:
         self._shared = self._control.data
         self._given = sum(sizes), len(self._chunks), default_threads
         readers = [_reader(dtype)] if kind == "full" else []
-        self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in FORMS}
+        self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in forms}
 
     def _pass(self, kernels: Sequence[Any]) -> Callable[[], None]:
         block, sharing = address(self._block), [Sharing(*self._given) for _ in kernels]

@@ -53,7 +53,7 @@ def measure(options: Options, axis: str, size: int) -> Iterator[Growth]:
         who: start(random_arrays(case.shapes, "float32", 0), random_arrays(case.shapes, "float32", 1), False)
         for who, start in peers.items()
     }
-    floor = Floor(moved, "plain", "float32")
+    floor = Floor(moved, "plain", "float32", forms=["one loop"])
     works: dict[str, Work] = {OURS: own, **{who: running.step for who, running in started.items()}}
     works[FLOOR] = floor.forms["one loop"]
     for work in works.values():

@@ -114,7 +114,7 @@ def floor_step(
         if not made:
             from nadam.bench.floor import Floor  # with Numba, which takes a second
 
-            made.append(Floor([params, grads, *state], kind, "float32", default_threads))
+            made.append(Floor([params, grads, *state], kind, "float32", default_threads, ["one loop"]))
         made[0].point_to(1, grads)
         made[0].forms["one loop"]()
 

@@ -115,7 +115,7 @@ def glance() -> int:
         name, others = MLP, {"NumPy": "Nadam written in NumPy"}
     samples = {who: loop for who, loop in module.loops(name, "plain").items() if who in (OURS, *others)}
     begin = perf_counter()
-    seen = in_loops(samples, 1000, warm_up=1, budget=SECONDS)
+    seen = in_loops(samples, 1000, steps=2, warm_up=1, budget=SECONDS)
     print(f"\none step in a training loop, {name}, {perf_counter() - begin:.1f} s of it")
     own = sorted(seen[OURS])[len(seen[OURS]) // 2]
     print(f"  {'nadam':20} {duration(own)}")
