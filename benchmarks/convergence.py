@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from benchmarks.convergence_report import FAMILY, ROOT, SGD_OVER_RATES, STOCK, report
 from examples import quadratic_deep
 from examples.digits import load_digits
 from numpy.typing import NDArray
@@ -31,7 +32,6 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import nadam
-from benchmarks.convergence_report import FAMILY, ROOT, SGD_OVER_RATES, STOCK, report
 from nadam.torch import NAdam, NAdamW
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,15 +16,14 @@ BELOW = {
     "core": set(),
     "kernels": {"core"},
     "checkpoint": {"core"},
-    "bench": {"checkpoint"},
     "conformance": set(),
     "watch": {"core"},
     "numpy": {"core", "kernels"},
     "torch": {"core", "kernels"},
     "jax": {"core", "kernels"},
     "keras": {"core", "kernels", "torch", "jax"},
-    "bench": {"core", "kernels", "numpy", "torch", "jax", "keras", "watch"},
-    "cli": {"core", "kernels", "bench"},
+    "bench": {"core", "kernels", "checkpoint", "numpy", "torch", "jax", "keras", "watch"},
+    "cli": {"core", "kernels", "checkpoint", "torch", "keras", "bench"},
     "__main__": {"cli"},
 }
 # What the machine code of a step is compiled from besides the modules that Python runs.
