@@ -24,7 +24,7 @@ ROUNDS, QUICK_ROUNDS = 12, 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `nadam bench`."""
     names = [*MODELS, *CASES]
-    parser.add_argument("--quick", action="store_true", help="a first look: one model, small sizes; under 30 s")
+    parser.add_argument("--quick", action="store_true", help="a first look: one or two models, small sizes")
     parser.add_argument("--host", nargs="+", choices=HOSTS, help="only these (default: all that are installed)")
     parser.add_argument("--model", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, help=f"samples of each figure (default: {ROUNDS}; {QUICK_ROUNDS})")
