@@ -17,6 +17,7 @@ from nadam.core.scalars import momentum_product
 
 Array = NDArray[Any]
 FORMAT = 1
+_PYTORCHS = ("coupled_weight_decay", "maximize")
 # Arrays of a parameter's state, each of the parameter's shape.
 SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "remainder")
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -280,13 +281,19 @@ def group(h: Hyperparameters, names: list[str]) -> dict[str, Any]:
 def settings_of(h: Hyperparameters) -> dict[str, Any]:
     """Settings as JSON can hold them, under their own names."""
     found = {}
-    for name in (*FIELDS, "coupled_weight_decay", "maximize"):
+    for name in (*FIELDS, *_PYTORCHS):
         value = getattr(h, name)
         try:
             found[name] = to_config(name, value)
         except ValueError:  # of a function that has no name
             found[name] = {"class_name": "function", "config": repr(value)}
     return found
+
+
+def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
+    """The settings in an entry of `PortableState.groups`; those that a function gives are the defaults."""
+    known = {name: group[name] for name in (*FIELDS, *_PYTORCHS) if name in group}
+    return Hyperparameters(**{name: value for name, value in known.items() if not isinstance(value, Mapping)})
 
 
 def widened(array: Any) -> Array:
