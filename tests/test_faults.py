@@ -1,4 +1,4 @@
-"""Bad input: what it gives, and that nothing has changed by it. Numbers are the rows of the table of faults."""
+"""Bad input: what it gives, and that nothing has changed by it. Numbers are the rows of faults/rows.py."""
 
 import math
 import re
@@ -10,7 +10,6 @@ import pytest
 import nadam
 from cases import BFLOAT16, same_bits
 from nadam.kernels.layout import cut_into_chunks
-from nadam.numpy import optimizer as optimizer_module
 
 
 def snapshot(optimizer, params):
@@ -35,58 +34,11 @@ def trained(dtype=np.float32, **settings):
     return optimizer, params
 
 
-@pytest.mark.parametrize(
-    ("argument", "value", "allowed"),
-    [
-        ("learning_rate", math.nan, "0 <= learning_rate < inf"),  # 1
-        ("learning_rate", math.inf, "0 <= learning_rate < inf"),
-        ("learning_rate", -0.1, "0 <= learning_rate < inf"),
-        ("epsilon", -1e-7, "0 <= epsilon < inf"),
-        ("epsilon", math.nan, "0 <= epsilon < inf"),
-        ("beta_1", 1.0, "0 <= beta_1 < 1"),  # 2
-        ("beta_1", -0.1, "0 <= beta_1 < 1"),
-        ("beta_2", 1.2, "0 <= beta_2 < 1"),
-        ("beta_2", math.nan, "0 <= beta_2 < 1"),
-        ("weight_decay", -0.1, "0 <= weight_decay < inf"),  # 3
-        ("clipnorm", 0.0, "clipnorm > 0"),
-        ("clipvalue", -1.0, "clipvalue > 0"),
-        ("global_clipnorm", math.nan, "global_clipnorm > 0"),
-        ("loss_scale_factor", 0.0, "0 < loss_scale_factor < inf"),
-        ("loss_scale_factor", math.inf, "0 < loss_scale_factor < inf"),
-        ("gradient_accumulation_steps", 2.5, "gradient_accumulation_steps >= 2"),
-        ("gradient_accumulation_steps", 1, "gradient_accumulation_steps >= 2"),
-        ("gradient_accumulation_steps", True, "gradient_accumulation_steps >= 2"),
-        ("ema_overwrite_frequency", 0, "ema_overwrite_frequency >= 1"),
-        ("ema_momentum", 1.5, "0 <= ema_momentum <= 1"),
-        ("momentum_decay", -1.0, "momentum_decay >= 0"),
-        ("bias_correction", "Adam", "'nadam' or 'adam'"),
-        ("bias_correction", None, "'nadam' or 'adam'"),
-    ],
-)
-def test_a_value_out_of_range_is_refused_by_name(argument, value, allowed):
-    message = f"{argument}={value!r}: expected .*{allowed}"
-    with pytest.raises(ValueError, match=message):
-        nadam.Nadam(**{argument: value})
-    if argument == "gradient_accumulation_steps":
-        return
-    optimizer, params = trained()  # 5: set during training
-    with unchanged(optimizer, params), pytest.raises(ValueError, match=message):
-        setattr(optimizer, argument, value)
-    optimizer.apply([np.ones((3, 4)), np.ones(5)])
-
-
 @pytest.mark.parametrize("argument", ["learning_rate", "beta_1", "epsilon", "clipnorm", "ema_momentum"])
 @pytest.mark.parametrize("value", ["0.1", [0.1], np.ones(2), 1j, object()])
 def test_a_value_that_is_no_number_is_refused(argument, value):
     with pytest.raises(TypeError, match=f"{argument}="):
         nadam.Nadam(**{argument: value})
-
-
-def test_two_clips_or_an_unknown_keyword():  # 4
-    with pytest.raises(ValueError, match=r"clipnorm=1.0, clipvalue=2.0: expected at most one"):
-        nadam.Nadam(clipnorm=1.0, clipvalue=2.0)
-    with pytest.raises(ValueError, match="momentum"):
-        nadam.Nadam(momentum=0.9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
@@ -265,19 +217,13 @@ def test_a_read_only_array():  # 14
 @pytest.mark.parametrize(
     ("grads", "message"),
     [
-        ([np.ones((3, 4)), np.ones(6)], r"grads[1]: shape (6,)"),
-        ([np.ones((3, 4)), np.ones(1)], r"grads[1]: shape (1,)"),
-        ([np.ones((1, 4)), np.ones(5)], r"grads[0]: shape (1, 4)"),
-        ([np.ones((4, 3)), np.ones(5)], r"grads[0]: shape (4, 3)"),
         ([np.ones((3, 4)), 1.0], r"grads[1]: shape ()"),
-        ([np.ones((3, 4))], "grads: 1 gradients, expected one for each of 2"),
-        ([np.ones((3, 4)), np.ones(5), np.ones(5)], "grads: 3 gradients"),
         ([], "grads: 0 gradients"),
         ([None, None], "no gradient for any"),
         ({"2": np.ones(5)}, "grads['2']: no parameter has this name"),
     ],
 )
-def test_gradients_of_another_shape_or_count(grads, message):  # 15
+def test_gradients_of_no_parameter(grads, message):  # 15
     optimizer, params = trained()
     with unchanged(optimizer, params), pytest.raises(ValueError, match=re.escape(message)):
         optimizer.apply(grads)
@@ -333,9 +279,7 @@ def test_no_parameter_at_all():
         nadam.Nadam().build([])
 
 
-@pytest.mark.parametrize(
-    "grad", [np.ones(5, bool), np.ones(5, complex), np.array(["a"] * 5), np.ma.ones(5), np.array([{}] * 5)]
-)
+@pytest.mark.parametrize("grad", [np.array(["a"] * 5), np.ma.ones(5), np.array([{}] * 5)])
 def test_a_gradient_that_is_not_of_real_numbers(grad):
     optimizer, params = trained()
     with unchanged(optimizer, params), pytest.raises(TypeError, match=r"grads\[1\]"):
@@ -347,23 +291,3 @@ def test_more_than_two_to_the_31_elements():  # 22
     assert table.dtype == np.int64
     assert table[-1].tolist() == [1, 2**33, 1]
     assert table[:, 2].sum() == 2**33 + 4
-
-
-def test_a_signal_handler_cannot_step_or_save_in_the_middle_of_a_step(monkeypatch):
-    optimizer, _ = trained()
-    seen = []
-
-    def during(*args, **kwargs):
-        for method in (lambda: optimizer.apply([np.ones((3, 4)), np.ones(5)]), optimizer.state_dict):
-            with pytest.raises(RuntimeError, match="from within a step"):
-                method()
-            seen.append(method)
-        return original(*args, **kwargs)
-
-    original = optimizer_module.step
-    monkeypatch.setattr(optimizer_module, "step", during)
-    optimizer.apply([np.ones((3, 4)), np.ones(5)])
-    assert len(seen) == 2
-    assert optimizer.iterations == 2
-    monkeypatch.undo()
-    optimizer.state_dict()

@@ -1,4 +1,7 @@
-"""Bad input and faults: each is refused by name, or done right; and where it is refused, nothing has changed."""
+"""Bad input and faults: each is refused by name, or done right; and where it is refused, nothing has changed.
+
+Numbers are the rows of faults/rows.py.
+"""
 
 import inspect
 import multiprocessing
@@ -30,46 +33,16 @@ def same(one, other):
     return equal(one[0], other[0]) and entries
 
 
-OUT_OF_RANGE = {
-    "lr": [float("nan"), float("inf"), -1.0, torch.tensor(float("nan"))],
-    "eps": [float("nan"), -1e-8, float("inf")],
-    "betas": [(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (float("nan"), 0.9)],
-    "weight_decay": [-0.1, float("inf"), float("nan")],
-    "momentum_decay": [-1.0, float("nan")],
-    "clipnorm": [0.0, -1.0],
-    "clipvalue": [0.0],
-    "global_clipnorm": [float("nan")],
-    "ema_momentum": [1.5],
-    "ema_overwrite_frequency": [0, 2.5],
-    "gradient_accumulation_steps": [1, True, 2.5, 0],
-    "bias_correction": ["Adam", None],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(n, value) for n, values in OUT_OF_RANGE.items() for value in values])
-def test_rows_1_to_3_arguments_out_of_range(name, value):
-    with pytest.raises(ValueError, match=r"expected|Invalid"):
-        NAdam(parameters(), **{name: value})
-
-
 @pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), None])
 def test_betas_are_two_numbers(betas):
     with pytest.raises(TypeError, match=r"betas=.*: expected two numbers"):
         NAdam(parameters(), betas=betas)
 
 
-def test_row_4_two_clips_and_an_unknown_argument():
-    with pytest.raises(ValueError, match=r"clipnorm=1.0, clipvalue=1.0: expected at most one"):
-        NAdam(parameters(), clipnorm=1.0, clipvalue=1.0)
-    with pytest.raises(TypeError, match="amsgrad"):
-        NAdam(parameters(), amsgrad=True)
-
-
-@pytest.mark.parametrize(("name", "value"), [
-    ("lr", float("nan")), ("lr", -1.0), ("lr", torch.tensor(float("inf"))), ("betas", (0.9, 1.0)), ("eps", -1.0),
-    ("weight_decay", -0.1), ("momentum_decay", -1.0),
-])  # fmt: skip
-def test_row_5_settings_out_of_range_during_training(name, value):
+@pytest.mark.parametrize(("name", "value"), [("lr", torch.tensor(float("inf"))), ("betas", (0.9, 1.0))])
+def test_row_5_a_setting_of_one_group_out_of_range(name, value):
+    with pytest.raises(ValueError, match=r"Invalid .*expected 0 <= "):
+        NAdam(parameters(), **{name: value})
     params = parameters()
     optimizer = NAdam([{"params": params[:2]}, {"params": params[2:]}])
     train(optimizer, params, 2)
@@ -323,16 +296,6 @@ def test_row_27_two_threads_with_one_optimizer():
     for _ in range(40):
         alone.step()
     assert equal(params, others)
-
-
-def test_a_step_within_a_step_is_refused():
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.ones(3)
-    optimizer = NAdam([param])
-    with pytest.raises(RuntimeError, match="step: called from within a step"):
-        optimizer._exclusive.run("step", optimizer.step)  # as a signal handler would
-    assert torch.equal(param, torch.ones(3))
-    optimizer.step()
 
 
 def test_row_31_the_same_bits_on_any_number_of_threads():

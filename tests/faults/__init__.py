@@ -1,0 +1,1 @@
+"""Bad input and faults: the table of what each gives on each host is rows.py."""
