@@ -124,6 +124,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         given = locals()
         self._extras = {name: given[name] for name in settings.EXTRAS}
         self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed).checked()
+        self._exclusive = Exclusive()
         self._forget()
         defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
@@ -140,7 +141,6 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._position = self._skipped = 0  # calls since the last update, and those that were skipped
         self._last_step: Any = None  # StepReport, or the DeviceReport of a GPU
         self._counting: Counters | None = None  # of an accumulating step at work
-        self._exclusive = Exclusive()
 
     @property
     def last_step(self) -> StepReport:
@@ -163,6 +163,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
     def __setstate__(self, given: dict[str, Any]) -> None:
         counters: dict[str, Any] = {name: given[name] for name in ("_position", "_skipped") if name in given}
         super().__setstate__(given)
+        self.__dict__.setdefault("_exclusive", Exclusive())  # a copy's own; while a state is loaded, the one at work
         self._forget()
         self.__dict__.update(counters)
         for group in self.param_groups:
@@ -284,7 +285,16 @@ class NAdam(Optimizer):  # type: ignore[misc]
         return str(super().__repr__()).replace("(\n", f"(\n{shown}", 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any."""
+        """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any.
+
+        Another thread's step is waited for.
+
+        Raises:
+            RuntimeError: A call from within a step, as by a signal handler.
+        """
+        return self._exclusive.run("state_dict", self._state_dict)
+
+    def _state_dict(self) -> dict[str, Any]:
         position, skipped = self._counters()
         shown = {POSITION: position} if self._extras["gradient_accumulation_steps"] is not None else {}
         shown |= {SKIPPED: skipped} if self._extras["skip_nonfinite"] else {}
@@ -306,6 +316,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         Raises:
             ValueError: It is another optimizer's, or of other parameters, or damaged; it says what is wrong, and
                 nothing has changed. Of Adam's and NAdamW's it says what takes them.
+            RuntimeError: A call from within a step, as by a signal handler.
         """
         self._load(state_dict, lambda _, given: state.checked(self.param_groups, given))
 
@@ -329,7 +340,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
         handle = self.register_load_state_dict_pre_hook(checked)  # after the user's own
         try:
-            super().load_state_dict(dict(state_dict))
+            self._exclusive.run("load_state_dict", super().load_state_dict, dict(state_dict))
         finally:
             handle.remove()
 

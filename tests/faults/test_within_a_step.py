@@ -1,0 +1,76 @@
+"""While a step is at work, other threads wait, and a signal handler is refused: rows 25 and 27."""
+
+import threading
+from copy import deepcopy
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from faults.bad_input import GRADS, built, same
+from hosts import HOSTS
+
+NAMES = [name for name in ("numpy", "torch") if HOSTS[name]().available()]
+CALLS = {
+    "step": lambda host, state: host.step(GRADS),
+    "state_dict": lambda host, state: host.optimizer.state_dict(),
+    "load_state_dict": lambda host, state: host.optimizer.load_state_dict(state),
+}
+
+
+@pytest.fixture(params=NAMES)
+def within(request, monkeypatch):
+    """A host after two steps, its first state, and a function that does a step with a call in the middle of it."""
+    host = built(request.param, gradient_accumulation_steps=2)
+    host.step(GRADS)
+    first = deepcopy(host.optimizer.state_dict())  # as PyTorch gives them, tensors are those of the state
+    host.step(GRADS)
+    module = import_module(f"nadam.{request.param}.optimizer")
+    original = module.step
+
+    def step_with(call):
+        def during(*args, **options):
+            monkeypatch.undo()
+            call()
+            return original(*args, **options)
+
+        monkeypatch.setattr(module, "step", during)
+        host.step(GRADS)
+
+    return host, first, step_with
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_signal_handler_is_refused(within, call):
+    host, first, step_with = within
+
+    def refused():
+        with pytest.raises(RuntimeError, match=r": called from within a step, as by a signal handler"):
+            CALLS[call](host, first)
+
+    step_with(refused)
+    assert host.state()["calls"][0] == 3
+    CALLS[call](host, first)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_another_thread_waits(within, call):
+    host, first, step_with = within
+    given, threads = [], [threading.Thread(target=lambda: given.append(CALLS[call](host, first)))]
+
+    def meanwhile():
+        threads[0].start()
+        threads[0].join(0.2)
+        assert threads[0].is_alive()
+
+    step_with(meanwhile)
+    threads[0].join(30)
+    assert len(given) == 1
+    assert host.state()["calls"][0] == {"step": 4, "state_dict": 3, "load_state_dict": 1}[call]
+    if call == "state_dict":
+        host.optimizer.load_state_dict(given[0])
+        assert host.state()["calls"][0] == 3
+    before = host.state()
+    host.step(GRADS)
+    assert not same(before, host.state())
+    assert np.isfinite(host.state()["params"][0]).all()
