@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nadam.keras
+from faults.bad_input import GRADS, built, same
 
 if keras.backend.backend() != "jax":
     pytest.skip("the JAX backend", allow_module_level=True)
@@ -44,3 +45,26 @@ def test_the_loop_in_the_documentation_works_in_place():
     assert int(names["optimizer"].iterations) == 3
     compiled = names["train_step"].lower(state, inputs, inputs[:, :1]).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(value.nbytes for each in state for value in each)
+
+
+def test_an_interrupt_between_the_variables_leaves_a_step_that_is_whole(monkeypatch):
+    host, twin = built("keras jax", use_ema=True), built("keras jax", use_ema=True)
+    assign, interrupted = keras.Variable.assign, 0
+    for moment in range(20):
+        calls = []
+
+        def at_one(variable, value, calls=calls, moment=moment):
+            calls.append(variable)
+            if len(calls) == moment + 1:
+                raise KeyboardInterrupt
+            return assign(variable, value)
+
+        twin.step(GRADS)
+        monkeypatch.setattr(keras.Variable, "assign", at_one)
+        try:
+            host.step(GRADS)
+        except KeyboardInterrupt:
+            interrupted += 1
+        monkeypatch.undo()
+        assert same(host.state(), twin.state())
+    assert interrupted == 10  # two variables with three tensors of state each, and two counters

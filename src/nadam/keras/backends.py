@@ -153,14 +153,22 @@ class Backend:
 
     @staticmethod
     def _assign(optimizer: Optimizer, indices: Sequence[int], before: traced.Progress, after: traced.Progress) -> None:
-        """Set variables, their state and the counters to what has changed of them."""
+        """Set variables, their state and the counters to what has changed of them; all, also where an interrupt comes."""
         slots = optimizer._runtime.slots
-        for i, old, new in zip(indices, before.tensors, after.tensors, strict=True):
-            for variable, one, other in zip(slots[i][:5], old, new, strict=True):
-                if variable is not None and one is not other:
-                    variable.assign(other)
-        optimizer._iterations.assign(after.calls)
-        optimizer._momentum_product.assign(after.product)
+        changed = [
+            (variable, other)
+            for i, old, new in zip(indices, before.tensors, after.tensors, strict=True)
+            for variable, one, other in zip(slots[i][:5], old, new, strict=True)
+            if variable is not None and one is not other
+        ]
+        changed += [(optimizer._iterations, after.calls), (optimizer._momentum_product, after.product)]
+        try:
+            for variable, value in changed:
+                variable.assign(value)
+        except BaseException:  # of a signal handler
+            for variable, value in changed:
+                variable.assign(value)
+            raise
 
     @staticmethod
     def _skipped(optimizer: Optimizer) -> int:
