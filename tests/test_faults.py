@@ -286,6 +286,18 @@ def test_a_gradient_that_is_not_of_real_numbers(grad):
         optimizer.apply([np.ones((3, 4)), grad])
 
 
+def test_a_gradient_of_zeros_counts_as_seen():  # 35
+    params = [np.ones(2), np.ones(2), np.ones(2)]
+    optimizer = nadam.Nadam(0.1, weight_decay=0.5, gradient_accumulation_steps=2)
+    optimizer.apply([np.ones(2), np.zeros(2), None], params)
+    optimizer.apply([np.ones(2), None, None])
+    assert params[1].tolist() == [0.95] * 2  # it decays, as with a gradient of zeros in each call
+    assert params[2].tolist() == [1.0] * 2
+    for _ in range(2):
+        optimizer.apply([np.ones(2), None, None])
+    assert params[1].tolist() == [0.95] * 2
+
+
 def test_more_than_two_to_the_31_elements():  # 22
     table = cut_into_chunks([3, 2**33 + 1])
     assert table.dtype == np.int64

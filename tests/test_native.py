@@ -41,6 +41,19 @@ KERNELS = 2  # that these steps need
 NO_HOME = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
 NO_WRITING = "import tempfile\ndef denied(**_): raise OSError(30, 'Read-only file system')\ntempfile.mkstemp = denied\n"
 NO_RENAMING = "import os\ndef denied(*_): raise OSError(28, 'No space left')\nos.replace = denied\n"
+READ_ONLY = """
+import os, sys
+from importlib.util import find_spec
+home = os.path.dirname(find_spec("nadam").origin)
+
+def refuse(event, args):
+    changes = event in ("os.mkdir", "os.rename", "os.remove") or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if changes and str(args[0]).startswith(home):
+        print("wrote", args[0], file=sys.stderr)
+        raise OSError(30, "Read-only file system")
+
+sys.addaudithook(refuse)
+"""
 FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
 
 
@@ -104,6 +117,11 @@ def test_a_cache_that_takes_nothing_is_done_without(cold, tmp_path, before):
     assert result["bits"] == cold[1]["bits"]
     assert result["compiled"] == KERNELS
     assert files(tmp_path) == []  # no part of a file either
+
+
+def test_an_installation_that_is_read_only(cold, tmp_path):
+    """Nothing is written into it, with a cold cache: what is tried is printed, which `python` takes for a failure."""
+    assert steps(tmp_path, READ_ONLY) == cold[1]
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file"])

@@ -144,6 +144,17 @@ def test_gradients_that_are_not_real_numbers(make):  # rows 16, 17 and 20
         np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_arrays_of_another_byte_order_and_masked_ones(make):  # row 19
+    optimizer, params = make(0.1), {"w": jnp.ones(3)}
+    state, masked = optimizer.init(params), np.ma.masked_array(np.ones(3, np.float32), [0, 1, 0])
+    for grad in (np.ones(3, ">f4"), masked):  # within jit only where its program is not compiled yet, and then by JAX
+        with pytest.raises((TypeError, ValueError), match=r"abstract array|JAX value|masked arrays are not supported"):
+            calling(optimizer)({"w": grad}, state, params)
+    with pytest.raises(TypeError, match=r"params\['w'\]: >f4, expected float16"):
+        optimizer.init({"w": np.ones(3, ">f4")})
+
+
 def test_weight_decay_without_parameters():
     with pytest.raises(ValueError, match="params: weight decay needs them"):
         nadamw(0.1).update(tree(), nadamw(0.1).init(tree()))

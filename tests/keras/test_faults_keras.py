@@ -275,6 +275,21 @@ def test_a_complex_gradient(trained, kind):  # 17
         trained[0].apply([grads_of()[0], kind(np.ones(5, np.complex64))], trained[1])
 
 
+@pytest.mark.parametrize("kind", ["byte order", "masked"])
+def test_arrays_of_another_byte_order_and_masked_ones(trained, kind):  # 19
+    grad = np.ones(5, ">f4") if kind == "byte order" else np.ma.masked_array(np.ones(5, np.float32), [0, 1, 0, 0, 0])
+    if BACKEND == "tensorflow" and kind == "byte order":  # it converts them
+        results = []
+        for given in (grad, np.ones(5, np.float32)):
+            variables, optimizer = variables_of(), nadam.keras.Nadam(0.01)
+            optimizer.apply([grads_of()[0], given], variables)
+            results.append(snapshot(optimizer, variables))
+        assert same(*results)
+        return
+    with unchanged(*trained), pytest.raises((TypeError, ValueError), match=r"byte order|JAX|masked"):
+        trained[0].apply([grads_of()[0], grad], trained[1])
+
+
 @pytest.mark.parametrize("grad", [np.array(["a"] * 5), "abcde", np.array([{}] * 5)], ids=["texts", "text", "objects"])
 def test_a_gradient_that_is_no_tensor(trained, grad):
     with unchanged(*trained), pytest.raises((TypeError, ValueError)):

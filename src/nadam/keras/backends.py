@@ -153,7 +153,7 @@ class Backend:
 
     @staticmethod
     def _assign(optimizer: Optimizer, indices: Sequence[int], before: traced.Progress, after: traced.Progress) -> None:
-        """Set variables, their state and the counters to what has changed of them; all, also where an interrupt comes."""
+        """Set variables, their state and the counters to what has changed of them; all, also if interrupted."""
         slots = optimizer._runtime.slots
         changed = [
             (variable, other)

@@ -15,7 +15,7 @@ from nadam.core import traced
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.keras import packing
 from nadam.keras.backends import SKIPPED, Backend, Optimizer, infos_of, with_absent
-from nadam.keras.slots import checked_gradient
+from nadam.keras.slots import check_unmasked, checked_gradient
 
 Tensor = Any
 
@@ -228,6 +228,7 @@ def _dense(variable: Any, grad: Any) -> Tensor:
         grad = tf.math.unsorted_segment_sum(grad.values, grad.indices, variable.shape[0])
     elif isinstance(grad, tf.SparseTensor):
         grad = tf.sparse.to_dense(grad)
+    check_unmasked(variable, grad)
     grad = tf.convert_to_tensor(grad)
     if not grad.shape.is_fully_defined() and grad.shape.is_compatible_with(variable.shape):
         grad = tf.ensure_shape(grad, variable.shape)  # which raises when it runs

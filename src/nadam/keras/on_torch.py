@@ -18,7 +18,7 @@ from nadam.core.step import Bucket, StepReport, step
 from nadam.keras import on_torch_gpu
 from nadam.keras.backends import SKIPPED as SKIPPED_STEPS
 from nadam.keras.backends import Backend, Optimizer, nonfinite
-from nadam.keras.slots import checked_gradient
+from nadam.keras.slots import check_unmasked, checked_gradient
 from nadam.torch import memory
 
 # Plans for different sets of variables that are kept, as for a model whose halves are trained in turn.
@@ -149,6 +149,7 @@ def _call_for(optimizer: Optimizer, members: Sequence[int], grads: Sequence[Any]
 def _checked(variable: Any, given: Any) -> torch.Tensor:
     """A gradient as the kernels take it: itself wherever it can be, else a copy."""
     if isinstance(given, np.ndarray):
+        check_unmasked(variable, given)
         given = given.copy()  # PyTorch takes no memory that is read-only or has negative strides
     grad = given if isinstance(given, torch.Tensor) else convert_to_tensor(given)
     if not grad.is_cpu:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from nadam.core.config import warn_of_unused
 from nadam.core.dtypes import COMPUTE_DTYPE
@@ -118,6 +119,12 @@ def _state_dtype(optimizer: Optimizer, variable: Variable) -> str | None:
         return COMPUTE_DTYPE[dtype]
     except KeyError:
         raise TypeError(f"{path_of(variable)}: dtype {dtype}: expected one of {', '.join(COMPUTE_DTYPE)}") from None
+
+
+def check_unmasked(variable: Variable, grad: Any) -> None:
+    """That a gradient is no masked array, whose mask a backend would drop."""
+    if isinstance(grad, np.ma.MaskedArray):
+        raise TypeError(f"grads[{path_of(variable)!r}]: expected an array, got a masked one")
 
 
 def checked_gradient(variable: Variable, grad: Any) -> Any:
