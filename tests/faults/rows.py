@@ -224,7 +224,7 @@ ROWS = {
         "right, or refused",
         {
             "numpy": f"{L}::test_a_gradient_of_another_dtype",
-            "torch": CASES,
+            "torch": f"{CASES} {T}::test_row_20_gradients_whose_dtype_is_let_free",
             "jax": f"{J}::test_gradients_that_are_not_real_numbers",
             "keras": f"{R}::test_a_gradient_gives_the_same_bits_however_it_comes_and_is_left_as_found",
             "keras torch": f"{R}::test_a_gradient_gives_the_same_bits_however_it_comes_and_is_left_as_found "

@@ -137,6 +137,26 @@ def test_row_16_a_parameter_that_is_no_real_number(dtype):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a gradient has the dtype of its parameter")
+def test_row_20_gradients_whose_dtype_is_let_free():
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int32):
+        params = parameters(shapes=[(3, 4), (5,)])
+        optimizer = NAdam(params)
+        train(optimizer, params, 2)
+        params[1].grad_dtype = None
+        params[1].grad = torch.full((5,), 2, dtype=dtype, device=DEVICE)
+        optimizer.step()
+        results.append(params)
+        before = snapshot(optimizer)
+        params[1].grad = torch.ones(5, dtype=torch.complex64, device=DEVICE)
+        message = r"complex64, expected real numbers for one of torch\.float32"
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert same(before, snapshot(optimizer))
+    assert all(equal(results[0], other) for other in results[1:])
+
+
 def test_row_18_a_sparse_gradient():
     params = parameters(shapes=[(3, 4), (5,)])
     optimizer = NAdam(params)

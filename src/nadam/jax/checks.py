@@ -10,6 +10,7 @@ from math import inf, nan
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from nadam.core.hyperparameters import as_number, in_range
@@ -47,7 +48,8 @@ def check_trainable(params: Any, or_complex: bool = False) -> None:
     """That all leaves of a tree are arrays of real floating-point numbers, or complex ones where these are taken."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         try:
-            name = str(leaf.dtype) if hasattr(leaf, "dtype") else str(jnp.result_type(leaf))
+            masked = isinstance(leaf, np.ma.MaskedArray)
+            name = "a masked array" if masked else str(getattr(leaf, "dtype", None) or jnp.result_type(leaf))
         except TypeError:
             name = type(leaf).__name__
         if name not in TRAINABLE and not (or_complex and name in COMPLEX):

@@ -115,6 +115,9 @@ class BucketCache:
         """Form buckets of the parameters with a gradient; at an update, also of those that had one in its window."""
         present = self._present(groups, state, updating)
         given = [self._gradient(param) for _, _, param in present]
+        for (_, name, param), grad in zip(present, given, strict=True):
+            if grad is not None and grad.is_complex() and not param.is_complex():  # `grad_dtype` lets it be one
+                raise RuntimeError(f"grad of {name}: {grad.dtype}, expected real numbers for one of {param.dtype}")
         used = [None if grad is None else parts.usable(grad, self._name) for grad in given]
         alike: dict[tuple[Any, ...], list[Any]] = {}
         for (index, name, param), *grads in zip(present, given, used, strict=True):
