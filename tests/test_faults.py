@@ -1,4 +1,4 @@
-"""Bad input: what it gives, and that nothing has changed by it. Numbers are the rows of faults/rows.py."""
+"""Bad input: what it gives, and that nothing has changed by it. Numbers are the rows of faults/rows.txt."""
 
 import math
 import re

@@ -1,1 +1,1 @@
-"""Bad input and faults: the table of what each gives on each host is rows.py."""
+"""Bad input and faults: which test shows what each gives on each host is in rows.txt."""

@@ -59,7 +59,7 @@ class Bad(NamedTuple):
 def shaped(shape):
     said = re.escape(str(shape))
     ours = ValueError, f"shape {said}|that of updates, {said}"
-    by_pytorch = RuntimeError, "same size"  # when it is assigned
+    by_pytorch = RuntimeError, "size"  # when it is assigned
     return Bad(15, np.ones(shape, np.float32), dict.fromkeys(("numpy", "keras", "jax"), ours) | {"torch": by_pytorch})
 
 

@@ -149,7 +149,7 @@ def test_arrays_of_another_byte_order_and_masked_ones(make):  # row 19
     optimizer, params = make(0.1), {"w": jnp.ones(3)}
     state, masked = optimizer.init(params), np.ma.masked_array(np.ones(3, np.float32), [0, 1, 0])
     for grad in (np.ones(3, ">f4"), masked):  # within jit only where its program is not compiled yet, and then by JAX
-        with pytest.raises((TypeError, ValueError), match=r"abstract array|JAX value|masked arrays are not supported"):
+        with pytest.raises((TypeError, ValueError), match=r"abstract array|JAX|masked"):
             calling(optimizer)({"w": grad}, state, params)
     for param, named in ((np.ones(3, ">f4"), ">f4"), (masked, "a masked array")):
         with pytest.raises(TypeError, match=rf"params\['w'\]: {named}, expected float16"):

@@ -1,6 +1,6 @@
 """Bad input and faults: each is refused by name, or done right; and where it is refused, nothing has changed.
 
-Numbers are the rows of faults/rows.py.
+Numbers are the rows of faults/rows.txt.
 """
 
 import inspect
