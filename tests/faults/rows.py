@@ -14,7 +14,7 @@ NAMES = ("numpy", "torch", "jax kernel", "jax transform", "keras torch", "keras 
 CASES, NOT = "cases", "not: "
 
 # Files and what is wrong with them are the same for every host, since each saves by `nadam.checkpoint`: the patterns of
-# the files that test them, beside what the rows have. To be replaced by lines of rows.txt.
+# the files that test them, beside what the rows have.
 FILES = {
     23: "test_files_*.py",
     28: "test_files.py",
