@@ -89,7 +89,7 @@ package: $(VENV)/.has-package  ## build sdist and wheel into DIST (dist/) and ch
 	$(BIN)/python -m twine check --strict '$(DIST)'/nadam-*
 
 clean:  ## remove the environment, caches and everything built
-	rm -rf $(VENV) build dist site demo.png report.html torch_char_lm.png keras_mnist.* jax_mnist jax_mnist.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo.png report.html torch_char_lm.png keras_mnist.* keras_to_torch.nadam jax_mnist jax_mnist.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard src tests benchmarks examples) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.pip:

@@ -109,8 +109,9 @@ def test_variables_without_weight_decay_stay_without(way):
 @pytest.mark.parametrize(
     ("convert", "optimizer", "error", "message"),
     [
-        (from_stock, keras.optimizers.Adam(), TypeError, r"optimizer=.*expected a keras\..*Nadam"),
-        (from_stock, LossScale(keras.optimizers.Adam()), TypeError, "optimizer=.*Adam"),
+        (from_stock, keras.optimizers.SGD(), TypeError, r"optimizer=.*expected a keras\..*Nadam or keras\..*Adam"),
+        (from_stock, LossScale(keras.optimizers.SGD()), TypeError, "optimizer=.*SGD"),
+        (from_stock, keras.optimizers.Adam(amsgrad=True), TypeError, "amsgrad=True"),
         (from_stock, "nadam", TypeError, "optimizer='nadam'"),
         (from_stock, Nadam(), TypeError, "optimizer=<Nadam"),
         (to_stock, STOCK(), TypeError, r"expected a nadam\.keras\.Nadam"),
@@ -175,6 +176,18 @@ OTHERS = {
     "sgd momentum": lambda: keras.optimizers.SGD(momentum=0.9, use_ema=True),
     "loss scale": lambda: LossScale(STOCK(use_ema=True)),
 }
+
+
+@pytest.mark.parametrize("cls", [keras.optimizers.Adam, keras.optimizers.AdamW])
+@pytest.mark.parametrize("way", ["dict", "file"])
+def test_state_of_adam_is_refused_with_what_takes_it(cls, way, tmp_path):
+    plain, source = small_model(Nadam()), train(small_model(cls()), gradients(1))
+    source.save_weights(tmp_path / "a.weights.h5")
+    load = {
+        "dict": lambda: plain.optimizer.load_own_variables(stored(source)),
+        "file": lambda: plain.load_weights(tmp_path / "a.weights.h5"),
+    }
+    refused(plain, load[way], r"of Adam or AdamW: .*from_stock\(model\.optimizer\)")
 
 
 @pytest.mark.parametrize("other", OTHERS)

@@ -20,6 +20,8 @@ FORMAT = 1
 _PYTORCHS = ("coupled_weight_decay", "maximize")
 # Arrays of a parameter's state, each of the parameter's shape.
 SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "remainder")
+# Settings of Nadam's rule, which Adam has not: coming from it or going to it, they do not differ.
+NO_ADAMS = frozenset({"momentum_decay", "bias_correction"})
 Rename = Mapping[str, str] | Callable[[str], str]
 Transpose = Iterable[str] | Mapping[str, tuple[int, ...] | None]
 
@@ -215,16 +217,17 @@ class PortableState:
         if lost:
             warnings.warn(f"use_ema=False: the moving averages of {_some(lost)} are left out", stacklevel=2)
 
-    def check_settings(self, h: Hyperparameters, names: Iterable[str]) -> None:
+    def check_settings(self, h: Hyperparameters, names: Iterable[str], *, adam: bool = False) -> None:
         """Warn where the settings with which some parameters were trained are others than those of an optimizer."""
-        chosen, own, differ = set(names), settings_of(h), {}
-        for group in self.groups:
-            if chosen.isdisjoint(group["params"]):
+        chosen, own, differ = set(names), settings_of(h, [], adam=adam), {}
+        for given in self.groups:
+            if chosen.isdisjoint(given["params"]):
                 continue
-            for key in (group.keys() & own.keys()) - {"lr", "loss_scale_factor", "track_grad_norm", "skip_nonfinite"}:
-                kept, mine = _plain(group[key]), _plain(own[key])
+            unused = set() if given.get("weight_decay") and own["weight_decay"] else {"coupled_weight_decay"}
+            for key in (given.keys() & own.keys()) - _NOT_COMPARED - unused:
+                kept, mine = _plain(given[key]), _plain(own[key])
                 if kept != mine and None not in (kept, mine):  # what a function gives, nobody knows
-                    differ[key] = f"{h.spelling.get(key, key)}={own[key]!r} here, {group[key]!r} in the state"
+                    differ[key] = f"{h.spelling.get(key, key)}={own[key]!r} here, {given[key]!r} in the state"
         if differ:
             warnings.warn(
                 f"settings differ, those here are kept: {'; '.join(differ[key] for key in sorted(differ))}",
@@ -247,6 +250,8 @@ class PortableState:
         kept, step = (self.momentum_product, self.step) if of is None else (of.momentum_product, of.step)
         if kept is not None:
             return kept
+        if not step:
+            return 1.0
         if callable(h.beta1):
             name = h.spelling.get("beta1", "beta1")
             raise ValueError(f"{name}: it is computed at each step, so the missing momentum product cannot be computed")
@@ -273,16 +278,13 @@ def by_decay(h: Hyperparameters, decays: Mapping[str, bool]) -> list[tuple[Hyper
     return [(settings, own) for settings, own in made if own]
 
 
-def group(h: Hyperparameters, names: list[str]) -> dict[str, Any]:
-    """An entry of `PortableState.groups`."""
-    return {**settings_of(h), "params": names}
-
-
-def settings_of(h: Hyperparameters) -> dict[str, Any]:
-    """Settings as JSON can hold them, under their own names."""
-    found = {}
+def settings_of(h: Hyperparameters, names: list[str], *, adam: bool = False) -> dict[str, Any]:
+    """An entry of `PortableState.groups`: settings as JSON can hold them, of Adam without those that it has not."""
+    found: dict[str, Any] = {"params": names}
     for name in (*FIELDS, *_PYTORCHS):
         value = getattr(h, name)
+        if adam and name in NO_ADAMS:
+            continue
         try:
             found[name] = to_config(name, value)
         except ValueError:  # of a function that has no name
@@ -307,6 +309,7 @@ def widened(array: Any) -> Array:
     return found.astype(np.float32) if found.dtype.name == "bfloat16" else found
 
 
+_NOT_COMPARED = {"params", "lr", "loss_scale_factor", "track_grad_norm", "skip_nonfinite"}
 _KINDS: dict[str, Any] = {
     "optimizer": str,
     "names": list,

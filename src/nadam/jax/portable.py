@@ -10,7 +10,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, by_decay, group, widened
+from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.fused_step import Fused
 from nadam.jax.state import is_ours, replaced, the_one
@@ -62,7 +62,7 @@ def export(state: Any, params: Any = None) -> PortableState:
         momentum_product=product,
         position=position,
         skipped_steps=int(ours.last_step.skipped_steps) if fused else 0,
-        groups=[group(*each) for each in _groups(state, ours)],
+        groups=[settings_of(*each) for each in _groups(state, ours)],
         values=None if params is None else _named(params),
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, by_decay, group, widened
+from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
 from nadam.keras.backends import SKIPPED, backend
 from nadam.keras.optimizer import Nadam
 from nadam.keras.slots import path_of
@@ -38,7 +38,7 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
     steps = h.gradient_accumulation_steps or 1
     updates, position, product = calls // steps, calls % steps, _product(inner)
     seen = _seen(inner, calls) if position else set()
-    paths = [path_of(variable) for variable in inner._trainable_variables]
+    paths = _paths(inner)
     found = {}
     for i, path in enumerate(paths):
         variables = {slot: kept[i] for slot, name in SLOTS.items() if (kept := getattr(inner, name, None))}
@@ -54,7 +54,7 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
         momentum_product=product,
         position=position,
         skipped_steps=_skipped(inner),
-        groups=[group(*each) for each in by_decay(h, _decays(inner))],
+        groups=[settings_of(*each, adam=_is_adam(inner)) for each in by_decay(h, _decays(inner))],
         loss_scale=None if scaling is None else _loss_scale(scaling),
         values=None if params is None else {path: _array(variable) for path, variable in _named(params).items()},
     )
@@ -67,12 +67,12 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
         optimizer.build(getattr(params, "trainable_variables", params))
     _built(inner, "load")
     h, named = _hyper(inner), {} if params is None else _named(params)
-    paths = [path_of(variable) for variable in inner._trainable_variables]
+    paths = _paths(inner)
     shapes = dict(zip(paths, (tuple(variable.shape) for variable in inner._trainable_variables), strict=True))
     values = None if params is None else {path: tuple(variable.shape) for path, variable in named.items()}
     state.check_fits(shapes, h, one_count=True, values=values, loss_scale=scaling is not None)
     for settings, own in by_decay(h, _decays(inner)):
-        state.check_settings(settings, own)
+        state.check_settings(settings, own, adam=_is_adam(inner))
     product, steps = state.product(h), h.gradient_accumulation_steps or 1
 
     for path, variable in named.items():
@@ -116,6 +116,10 @@ def _parts(optimizer: Optimizer) -> tuple[Optimizer, Optimizer]:
     return inner, scaling
 
 
+def _is_adam(inner: Optimizer) -> bool:
+    return isinstance(inner, keras.optimizers.Adam)
+
+
 def _built(inner: Optimizer, what: str) -> None:
     if not inner.built:
         raise ValueError(
@@ -146,7 +150,17 @@ def _hyper(inner: Optimizer) -> Hyperparameters:
 
 
 def _decays(inner: Optimizer) -> dict[str, bool]:
-    return {path_of(variable): bool(inner._use_weight_decay(variable)) for variable in inner._trainable_variables}
+    decays = [bool(inner._use_weight_decay(variable)) for variable in inner._trainable_variables]
+    return dict(zip(_paths(inner), decays, strict=True))
+
+
+def _paths(inner: Optimizer) -> list[str]:
+    """Names of the trained variables; of several that have one path, all but the first get their number."""
+    paths: dict[str, None] = {}
+    for i, variable in enumerate(inner._trainable_variables):
+        path = path_of(variable)
+        paths[path if path not in paths else f"{path} ({i})"] = None
+    return list(paths)
 
 
 def _product(inner: Optimizer) -> float | None:

@@ -146,7 +146,13 @@ def _completed(optimizer: Optimizer, read: Sequence[Entry], wanted: Sequence[Lab
 def _matched(optimizer: Optimizer, read: list[Entry], wanted: list[Label]) -> list[Entry]:
     """The entries in the order of the labels."""
     without_product = len(read) == len(wanted) - 1 and read[0].label is None and wanted[-1].slot == PRODUCT
-    if without_product and read[0].is_ours:
+    if without_product and not read[0].is_ours:
+        if all(entry.array.shape == tuple(v.shape) for entry, v in zip(read, optimizer.variables, strict=False)):
+            raise ValueError(
+                "optimizer state: no momentum product, expected one: this is the state of Adam or AdamW: load it into "
+                "a model compiled with that, then compile with nadam.keras.from_stock(model.optimizer)"
+            )
+    elif without_product:
         # Keras's own inside a LossScaleOptimizer does not save its momentum product.
         read.append(Entry(np.asarray(product_after(optimizer, int(read[0].array))), None, None, NADAM))
     named = [entry.label for entry in read]

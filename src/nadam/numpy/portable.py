@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.counters import SEEN, SKIPPED
-from nadam.core.portable import ParamState, PortableState, by_decay, group, widened
+from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
 from nadam.numpy.loss_scale import LossScaleOptimizer
 from nadam.numpy.optimizer import Nadam
 from nadam.numpy.parameters import Parameters
@@ -42,7 +42,7 @@ def export(optimizer: Nadam | LossScaleOptimizer, params: Any = None) -> Portabl
         momentum_product=product,
         position=counters.calls % steps,
         skipped_steps=counters.skipped,
-        groups=[group(*each) for each in by_decay(h, _decays(parameters))],
+        groups=[settings_of(*each) for each in by_decay(h, _decays(parameters))],
         loss_scale=None if scaling is None else {"scale": scaling.scale, "good_steps": scaling.good_steps},
         values=None if params is None else {name: widened(array) for name, array in _named(params).items()},
     )

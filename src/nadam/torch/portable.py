@@ -27,11 +27,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     "AdamW": {"momentum_decay": inf, "decoupled_weight_decay": True},
     "NAdamW": {"momentum_decay": inf, "decoupled_weight_decay": True, "bias_correction": "adam"},
 }
+ADAMS = ("Adam", "AdamW")
 SLOTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
 SLOTS |= {"accumulator": "grad_accumulator", "remainder": "remainder"}
 PRODUCT = "mu_product"
-# Settings of a group that have the same names everywhere.
-_SAME = ("lr", "eps", "weight_decay", "momentum_decay", "bias_correction", "maximize")
 # Whose state there is no place for.
 REFUSED = ("max_exp_avg_sq", "momentum_buffer", "max_exp_avg")
 
@@ -54,35 +53,19 @@ def export(optimizer: torch.optim.Optimizer, params: Any = None) -> PortableStat
     for name, param in flat:
         if is_sharded(param):
             raise TypeError(f"{name}: it is split over processes; torch.distributed.checkpoint can save it")
-    made = from_state_dict(optimizer.state_dict(), kind, names)
+    made = _from_state_dict(optimizer.state_dict(), kind, names)
     values = None
     if params is not None:
         states = {id(param): optimizer.state.get(param) or {} for _, param in flat}
         values = {name: _value(tensor, states.get(id(tensor), {})) for name, tensor in named.items()}
-    groups = [
-        {**_settings(optimizer, kind, group), "params": own}
-        for group, own in zip(optimizer.param_groups, names, strict=True)
-    ]
+    groups = [_settings(optimizer, kind, *each) for each in zip(optimizer.param_groups, names, strict=True)]
     cls = type(optimizer)
     return replace(made, optimizer=f"{cls.__module__}.{cls.__qualname__}", values=values, groups=groups)
 
 
-def from_state_dict(
-    state_dict: Mapping[str, Any], kind: str = "NAdam", names: Sequence[Sequence[str]] | None = None
-) -> PortableState:
-    """A ``state_dict`` of such an optimizer.
-
-    Args:
-        state_dict: Of an optimizer whose class has one of the names in ``KNOWN``.
-        kind: Which.
-        names: Of the parameters, group by group; None for those in it, or their numbers.
-
-    Raises:
-        ValueError: It is of another optimizer.
-    """
+def _from_state_dict(state_dict: Mapping[str, Any], kind: str, names: Sequence[Sequence[str]]) -> PortableState:
+    """A ``state_dict`` of such an optimizer, whose class has one of the names in ``KNOWN``, without settings."""
     groups = state_dict["param_groups"]
-    if names is None:
-        names = [group.get("param_names") or [str(key) for key in group["params"]] for group in groups]
     found: dict[str, ParamState] = {}
     for group, own in zip(groups, names, strict=True):
         for key, name in zip(group["params"], own, strict=True):
@@ -98,7 +81,6 @@ def from_state_dict(
         momentum_product=None if latest is None or kind != "NAdam" else latest.momentum_product,
         position=int(groups[0].get(POSITION, 0)),
         skipped_steps=int(groups[0].get(SKIPPED, 0)),
-        groups=[{**_core_settings(kind, group), "params": list(own)} for group, own in zip(groups, names, strict=True)],
     )
 
 
@@ -128,8 +110,10 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
     state.check_fits(shapes, hyper[0], one_count=False, values=values)
     state.check_complex(joint=False)
     for h, own in zip(hyper, names, strict=True):
-        state.check_settings(h, own)
+        state.check_settings(h, own, adam=kind in ADAMS)
     ours = isinstance(optimizer, NAdam)
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("amsgrad=True: expected False: there is no largest second moment in the state")
     if state.position and not ours:
         raise ValueError(f"position={state.position}: {kind} accumulates no gradients")
     optimizer.load_state_dict(to_state_dict(state, optimizer.param_groups, hyper, names, ours=ours))
@@ -201,21 +185,14 @@ def _hyper(optimizer: torch.optim.Optimizer, kind: str, group: Mapping[str, Any]
     return settings.checked(given, {"bias_correction": KNOWN[kind].get("bias_correction", "nadam")})
 
 
-def _settings(optimizer: torch.optim.Optimizer, kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    found = settings_of(_hyper(optimizer, kind, group))
+def _settings(
+    optimizer: torch.optim.Optimizer, kind: str, given: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    found = settings_of(_hyper(optimizer, kind, given), list(names), adam=kind in ADAMS)
     if isinstance(optimizer, NAdam):
         dtype = optimizer._options.exp_avg_dtype
         found |= {**optimizer._options._asdict(), "exp_avg_dtype": None if dtype is None else str(dtype)}
     return found
-
-
-def _core_settings(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved group tells of the settings, under their own names."""
-    given = {**KNOWN[kind], **group}
-    found: dict[str, Any] = {name: given[name] for name in _SAME if name in given}
-    found = {name: float(value) if isinstance(value, Tensor) else value for name, value in found.items()}
-    found |= dict(zip(("beta1", "beta2"), map(float, given.get("betas", ())), strict=False))
-    return found | {"coupled_weight_decay": not given.get("decoupled_weight_decay", False)}
 
 
 def _names(groups: Groups, named: Mapping[str, Tensor]) -> list[list[str]]:
