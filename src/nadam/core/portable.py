@@ -227,7 +227,10 @@ class PortableState:
             for key in (given.keys() & own.keys()) - _NOT_COMPARED - unused:
                 kept, mine = _plain(given[key]), _plain(own[key])
                 if kept != mine and None not in (kept, mine):  # what a function gives, nobody knows
-                    differ[key] = f"{h.spelling.get(key, key)}={own[key]!r} here, {given[key]!r} in the state"
+                    name, shown = h.spelling.get(key, key), (own[key], given[key])
+                    if name == f"de{key}":  # PyTorch's decoupled_weight_decay
+                        shown = (not shown[0], not shown[1])
+                    differ[key] = f"{name}={shown[0]!r} here, {shown[1]!r} in the state"
         if differ:
             warnings.warn(
                 f"settings differ, those here are kept: {'; '.join(differ[key] for key in sorted(differ))}",
