@@ -79,7 +79,7 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
         The new state, and the new parameters or None.
 
     Raises:
-        ValueError: It does not fit; see `PortableState.check_fits`.
+        ValueError: It does not fit; see `PortableState.check_fits`. Or settings are not known that are needed.
     """
     h, tree = _parts(like)
     ours = the_one(tree, "optimizer")
@@ -101,6 +101,11 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
     whole = min(state.step, LAST_COUNT // steps) * steps + state.position
     fields["count"] = _like(ours.count, whole)
     if hasattr(ours, "mu_product"):
+        if h is None and state.momentum_product is None and state.step:
+            raise ValueError(
+                "momentum_decay: a state alone does not tell it, and what was saved has no momentum product: give "
+                "(fused, state); for nadam and nadamw load into a state of optax.adam, and take nadam.jax.from_optax"
+            )
         fields["mu_product"] = _like(ours.mu_product, state.product(checked))
     if isinstance(ours, FusedState):
         seen = {"step": state.step, "skipped_steps": state.skipped_steps}
