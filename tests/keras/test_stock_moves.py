@@ -197,3 +197,49 @@ def test_variables_of_one_path_keep_their_own_state():
 def test_to_stock_has_three_targets(cls):
     with pytest.raises(TypeError, match=r"cls=.*expected keras\.optimizers\.Nadam, Adam or AdamW"):
         to_stock(Nadam(), cls)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="Triton, which PyTorch's loads, aborts after TensorFlow")
+def test_a_run_goes_from_pytorchs_adamw_to_numpy_and_on_to_keras(tmp_path):
+    import torch
+
+    model = small_model(Nadam(**COMMON))
+    kernels, start = ("first/kernel", "second/kernel"), numbers(model.trainable_variables)
+    params = [torch.nn.Parameter(torch.tensor(value.T, device="cpu")) for value in start]
+    adam = torch.optim.AdamW(params, lr=COMMON["learning_rate"], weight_decay=COMMON["weight_decay"], eps=1e-7)
+    for grads in GRADS[:STEPS]:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.tensor(grad.T, device="cpu")
+        adam.step()
+    names = [f"small/{name}" for name in ("first/kernel", "first/bias", "second/kernel", "second/bias")]
+    transpose = [name for name in names if name.endswith(kernels)]
+    nadam.checkpoint.save(tmp_path / "a", adam, dict(zip(names, params, strict=True)))
+
+    arrays = {name: np.zeros_like(value) for name, value in zip(names, start, strict=True)}
+    optimizer = nadam.Nadam(**COMMON)
+    nadam.checkpoint.load(tmp_path / "a", optimizer, arrays, transpose=transpose)
+    reference = Reference(list(arrays.values()), **COMMON)
+    states = [adam.state[param] for param in params]
+    reference.m, reference.v = ([s[name].numpy().T.astype(float) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+    reference.i, reference.product = STEPS, momenta(COMMON, STEPS)
+    optimizer.apply(dict(zip(names, GRADS[STEPS], strict=True)))
+    nadam.checkpoint.save(tmp_path / "b", optimizer, arrays)
+
+    nadam.checkpoint.load(tmp_path / "b", model.optimizer, model)
+    train(model, GRADS[STEPS + 1 :])
+    for grads in GRADS[STEPS:]:
+        reference.step(grads)
+    assert far(numbers(model.trainable_variables), reference.p) <= ULPS
+    reference.p[0] += 1e-5
+    assert far(numbers(model.trainable_variables), reference.p) > 10 * ULPS
+
+
+def test_parameters_may_be_a_dict_of_variables(tmp_path):
+    model = of_stock("Adam")
+    nadam.checkpoint.save(tmp_path / "a", model.optimizer, model.trainable_variables)
+    other = small_model(Nadam(**COMMON), seed=1, build=False)
+    named = {variable.path: variable for variable in other.trainable_variables}
+    nadam.checkpoint.load(tmp_path / "a", other.optimizer, named)
+    assert int(other.optimizer.iterations) == STEPS
+    pairs = zip(numbers(other.trainable_variables), numbers(model.trainable_variables), strict=True)
+    assert all(np.array_equal(x, y) for x, y in pairs)

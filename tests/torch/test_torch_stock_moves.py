@@ -137,6 +137,28 @@ def test_adam_goes_on_from_ours(source, target, tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(found, by_hand, strict=True)) == equal
 
 
+@WAYS
+@pytest.mark.parametrize("name", ["NAdamW", "AdamW"])
+def test_what_only_ours_keeps_is_not_taken_back_from_stock(name, way, tmp_path):
+    ours, params, gradients = begun(lambda params: NAdamW(params, use_ema=True, **COMMON))
+    stock = {**TWINS, **ADAMS}[name](params)
+    if way is natively:
+        stock.load_state_dict(ours.state_dict())
+        assert "ema" in stock.state[params[0]]
+    else:
+        nadam.checkpoint.save(tmp_path / "a", ours)
+        with pytest.warns(UserWarning, match="averages|settings differ"):
+            nadam.checkpoint.load(tmp_path / "a", stock)
+    train(stock, params, STEPS, gradients)
+    nadam.checkpoint.save(tmp_path / "b", stock)
+    back = OURS["NAdamW"](params)
+    nadam.checkpoint.load(tmp_path / "b", back)
+    for entry in back.state.values():
+        assert float(entry["mu_product"]) == pytest.approx(0.9 ** (2 * STEPS))
+    with pytest.raises(ValueError, match="no moving average"):
+        nadam.checkpoint.load(tmp_path / "b", NAdamW(params, use_ema=True, **COMMON))
+
+
 def test_state_of_amsgrad_is_refused(tmp_path):
     adam, _, _ = begun(lambda params: torch.optim.Adam(params, amsgrad=True))
     with pytest.raises(ValueError, match="max_exp_avg_sq"):
@@ -163,3 +185,11 @@ def test_settings_that_differ_are_named_but_none_that_adam_has_not(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nadam.checkpoint.load(tmp_path / "a", torch.optim.AdamW(parameters(), lr=0.02, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("params", [[torch.ones(3)], {"w": 1.0}, {0: torch.ones(3)}, [("w",)]])
+def test_parameters_without_names_are_refused(params, tmp_path):
+    ours, _, _ = begun(OURS["NAdam"])
+    with pytest.raises(TypeError, match="params: expected a model, a dict of tensors by name or pairs"):
+        nadam.checkpoint.save(tmp_path / "a", ours, params)
+    assert not (tmp_path / "a").exists()

@@ -149,7 +149,7 @@ def load(
             settings but for a learning rate that is a number. None to get the state itself. For JAX, a state like
             the one that is wanted, or (fused, state).
         params: What it trains, to get the values that were saved; as of `save`.
-        rename: From names in the file to those here, as a dict, in which others are left out, or a function.
+        rename: From names in the file to those here, a dict, and others keep theirs; or a function.
         transpose: Names, here, of arrays whose axes are reversed, as of a Dense layer's kernel for the weight of a
             Linear one; or a dict of permutations by name.
 

@@ -64,7 +64,8 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
     """Put a state into an optimizer, and values into variables; all of it or, if anything is wrong with it, nothing."""
     inner, scaling = _parts(optimizer)
     if params is not None and not optimizer.built:
-        optimizer.build(getattr(params, "trainable_variables", params))
+        listed = params.values() if isinstance(params, Mapping) else params
+        optimizer.build(list(getattr(params, "trainable_variables", listed)))
     _built(inner, "load")
     h, named = _hyper(inner), {} if params is None else _named(params)
     paths = _paths(inner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -20,6 +20,7 @@ from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
 from nadam.torch.sharding import is_sharded
 
 Groups = Sequence[Mapping[str, Any]]
+Names = Sequence[Sequence[str]]  # of the parameters, group by group
 # Classes, by name, and the settings that theirs are in the words of ours; what a group says of them comes first.
 KNOWN: dict[str, dict[str, Any]] = {
     "NAdam": {},
@@ -53,7 +54,7 @@ def export(optimizer: torch.optim.Optimizer, params: Any = None) -> PortableStat
     for name, param in flat:
         if is_sharded(param):
             raise TypeError(f"{name}: it is split over processes; torch.distributed.checkpoint can save it")
-    made = _from_state_dict(optimizer.state_dict(), kind, names)
+    made = _from_state_dict(optimizer.state_dict(), kind, names, isinstance(optimizer, NAdam))
     values = None
     if params is not None:
         states = {id(param): optimizer.state.get(param) or {} for _, param in flat}
@@ -63,37 +64,42 @@ def export(optimizer: torch.optim.Optimizer, params: Any = None) -> PortableStat
     return replace(made, optimizer=f"{cls.__module__}.{cls.__qualname__}", values=values, groups=groups)
 
 
-def _from_state_dict(state_dict: Mapping[str, Any], kind: str, names: Sequence[Sequence[str]]) -> PortableState:
-    """A ``state_dict`` of such an optimizer, whose class has one of the names in ``KNOWN``, without settings."""
+def _from_state_dict(state_dict: Mapping[str, Any], kind: str, names: Names, ours: bool) -> PortableState:
+    """A ``state_dict`` of such an optimizer, whose class has one of the names in ``KNOWN``, without settings.
+
+    What it does not keep itself may be there all the same, out of a checkpoint of ours, and is no longer right.
+    """
     groups = state_dict["param_groups"]
     found: dict[str, ParamState] = {}
     for group, own in zip(groups, names, strict=True):
         for key, name in zip(group["params"], own, strict=True):
             entry = state_dict["state"].get(key)
             if entry:
-                found[name] = _param_state(name, entry)
+                found[name] = _param_state(name, entry, kind, ours)
     latest = max(found.values(), key=lambda each: each.step, default=None)
     return PortableState(
         optimizer=f"torch.optim.{kind}",
         step=0 if latest is None else latest.step,
         names=[name for own in names for name in own],
         params=found,
-        momentum_product=None if latest is None or kind != "NAdam" else latest.momentum_product,
-        position=int(groups[0].get(POSITION, 0)),
-        skipped_steps=int(groups[0].get(SKIPPED, 0)),
+        momentum_product=None if latest is None else latest.momentum_product,
+        position=int(groups[0].get(POSITION, 0)) if ours else 0,
+        skipped_steps=int(groups[0].get(SKIPPED, 0)) if ours else 0,
     )
 
 
-def _param_state(name: str, entry: Mapping[str, Any]) -> ParamState:
+def _param_state(name: str, entry: Mapping[str, Any], kind: str, ours: bool) -> ParamState:
     refused = [each for each in REFUSED if each in entry]
     missing = [each for each in ("step", "exp_avg", "exp_avg_sq") if each not in entry]
     if missing or refused:
         raise ValueError(
             f"{name}: {f'no {missing[0]!r}' if missing else repr(refused[0])}: not the state of Nadam or Adam"
         )
-    arrays = {ours: _array(entry[theirs]) for ours, theirs in SLOTS.items() if theirs in entry}
-    product = float(entry[PRODUCT]) if PRODUCT in entry else None
-    return ParamState(int(entry["step"]), product, accumulated=bool(entry.get("accumulated", False)), **arrays)
+    kept = SLOTS if ours else {slot: slot for slot in ("exp_avg", "exp_avg_sq")}
+    arrays = {mine: _array(entry[theirs]) for mine, theirs in kept.items() if theirs in entry}
+    product = float(entry[PRODUCT]) if PRODUCT in entry and (ours or kind == "NAdam") else None
+    accumulated = ours and bool(entry.get("accumulated", False))
+    return ParamState(int(entry["step"]), product, accumulated=accumulated, **arrays)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any = None) -> tuple[Any, Any]:
@@ -116,7 +122,7 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
         raise ValueError("amsgrad=True: expected False: there is no largest second moment in the state")
     if state.position and not ours:
         raise ValueError(f"position={state.position}: {kind} accumulates no gradients")
-    optimizer.load_state_dict(to_state_dict(state, optimizer.param_groups, hyper, names, ours=ours))
+    optimizer.load_state_dict(_to_state_dict(state, kind, optimizer.param_groups, hyper, names, ours))
     if params is not None:
         with torch.no_grad():
             for name, tensor in named.items():
@@ -126,13 +132,13 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
     return optimizer, params
 
 
-def to_state_dict(
+def _to_state_dict(
     state: PortableState,
+    kind: str,
     groups: Groups,
     hyper: Sequence[Hyperparameters],
-    names: Sequence[Sequence[str]],
-    *,
-    ours: bool = False,
+    names: Names,
+    ours: bool,
 ) -> dict[str, Any]:
     """The ``state_dict`` of an optimizer with these groups; for ours, with what PyTorch's own do not keep."""
     entries: dict[int, dict[str, Any]] = {}
@@ -141,7 +147,7 @@ def to_state_dict(
         for place, name in enumerate(own):
             given = state.params.get(name)
             if given is not None:
-                entries[index + place] = _entry(state, given, h, ours)
+                entries[index + place] = _entry(state, given, h, kind, ours)
         rate = state.learning_rate(own)
         shown = {key: value for key, value in group.items() if key != "params"}
         if rate is not None:
@@ -155,10 +161,11 @@ def to_state_dict(
     return {"state": entries, "param_groups": saved}
 
 
-def _entry(state: PortableState, given: ParamState, h: Hyperparameters, ours: bool) -> dict[str, Any]:
-    kind = torch.float64 if ours else torch.float32
-    made: dict[str, Any] = {"step": torch.tensor(given.step, dtype=kind, device="cpu")}
-    made[PRODUCT] = torch.tensor(state.product(h, given), dtype=kind, device="cpu")
+def _entry(state: PortableState, given: ParamState, h: Hyperparameters, kind: str, ours: bool) -> dict[str, Any]:
+    dtype = torch.float64 if ours else torch.float32
+    made: dict[str, Any] = {"step": torch.tensor(given.step, dtype=dtype, device="cpu")}
+    if ours or kind == "NAdam":
+        made[PRODUCT] = torch.tensor(state.product(h, given), dtype=dtype, device="cpu")
     kept = {"exp_avg", "exp_avg_sq"}
     if ours:
         kept |= {"ema"} if h.use_ema else set()
@@ -220,12 +227,11 @@ def _named(params: Any) -> dict[str, Tensor]:
         return {}
     if isinstance(params, torch.nn.Module):
         return {name: each for name, each in params.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
-    pairs: Iterable[tuple[str, Tensor]] = params.items() if isinstance(params, Mapping) else params
-    named = dict(pairs)
-    for name, tensor in named.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+    pairs = list(params.items() if isinstance(params, Mapping) else params)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and isinstance(pair[0], str) and isinstance(pair[-1], Tensor)):
             raise TypeError("params: expected a model, a dict of tensors by name or pairs of name and tensor")
-    return named
+    return dict(pairs)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
