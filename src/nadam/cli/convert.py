@@ -12,8 +12,7 @@ import numpy as np
 
 from nadam import checkpoint
 from nadam.checkpoint.atomic import replacing
-from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import PortableState, hyperparameters_of
+from nadam.core.portable import PortableState
 
 KINDS = ("nadam", "torch", "keras", "optax")
 # Where a training loop's checkpoint has the optimizer's state.
@@ -82,7 +81,8 @@ def _read_torch(path: Path, kind: str) -> PortableState:
         raise ValueError(f"{path}: expected an optimizer's state_dict, or one under {' or '.join(OPTIMIZER_KEYS)}")
     if kind not in portable.KNOWN:
         raise ValueError(f"--optimizer={kind}: expected one of {', '.join(portable.KNOWN)}")
-    return portable.from_state_dict(found, kind)
+    state: PortableState = portable.from_state_dict(found, kind)
+    return state
 
 
 def _to_nadam(state: PortableState, args: argparse.Namespace) -> None:
@@ -94,19 +94,8 @@ def _to_torch(state: PortableState, args: argparse.Namespace) -> None:
 
     from nadam.torch import portable
 
-    given = state.groups or [{"params": state.names}]
-    hyper = [hyperparameters_of(group) for group in given]
-    groups = [{**_torch_group(h), "param_names": group["params"]} for group, h in zip(given, hyper, strict=True)]
-    made = portable.to_state_dict(state, groups, hyper, [group["params"] for group in given])
     with replacing(args.target) as file:
-        torch.save(made, file)
-
-
-def _torch_group(h: Hyperparameters) -> dict[str, Any]:
-    betas = h.beta1, h.beta2
-    group = {"lr": h.lr, "betas": betas, "eps": h.eps, "weight_decay": h.weight_decay or 0.0}
-    group |= {"momentum_decay": h.momentum_decay, "decoupled_weight_decay": not h.coupled_weight_decay}
-    return group | {"maximize": h.maximize, "foreach": None, "capturable": False, "differentiable": False}
+        torch.save(portable.to_state_dict(state), file)
 
 
 def _to_keras(state: PortableState, args: argparse.Namespace) -> None:

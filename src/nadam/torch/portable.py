@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, settings_of
+from nadam.core.portable import ParamState, PortableState, hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.fallback import joined, store
 from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
@@ -132,6 +132,41 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
     return optimizer, params
 
 
+def from_state_dict(state_dict: Mapping[str, Any], kind: str = "NAdam") -> PortableState:
+    """The state in a ``state_dict`` of an optimizer whose class has one of the names in ``KNOWN``, as a file has it.
+
+    Raises:
+        ValueError: It is of another optimizer.
+    """
+    groups = state_dict["param_groups"]
+    names = [group.get("param_names") or list(map(str, group["params"])) for group in groups]
+    made = _from_state_dict(state_dict, kind, names, kind not in ADAMS)
+    each = zip(groups, names, strict=True)
+    return replace(made, groups=[settings_of(_hyper_of(kind, g), own, adam=kind in ADAMS) for g, own in each])
+
+
+def to_state_dict(state: PortableState) -> dict[str, Any]:
+    """A ``state_dict`` for `torch.optim.NAdam`, with the settings of the state and the names of its parameters."""
+    given = state.groups or [{"params": state.names}]
+    hyper = [hyperparameters_of(group) for group in given]
+    groups = [
+        {
+            "lr": h.lr,
+            "betas": (h.beta1, h.beta2),
+            "eps": h.eps,
+            "weight_decay": h.weight_decay or 0.0,
+            "momentum_decay": h.momentum_decay,
+            "decoupled_weight_decay": not h.coupled_weight_decay,
+            "maximize": h.maximize,
+            **dict.fromkeys(("capturable", "differentiable"), False),
+            "foreach": None,
+            "param_names": group["params"],
+        }
+        for group, h in zip(given, hyper, strict=True)
+    ]
+    return _to_state_dict(state, "NAdam", groups, hyper, [group["params"] for group in given], ours=False)
+
+
 def _to_state_dict(
     state: PortableState,
     kind: str,
@@ -186,8 +221,11 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _hyper(optimizer: torch.optim.Optimizer, kind: str, group: Mapping[str, Any]) -> Hyperparameters:
-    if isinstance(optimizer, NAdam):
-        return settings.checked(group, optimizer._extras)
+    return settings.checked(group, optimizer._extras) if isinstance(optimizer, NAdam) else _hyper_of(kind, group)
+
+
+def _hyper_of(kind: str, group: Mapping[str, Any]) -> Hyperparameters:
+    """The settings that a group of one of PyTorch's own, or a saved one, has."""
     given = {"momentum_decay": 0.0, "maximize": False, "decoupled_weight_decay": False, **KNOWN[kind], **group}
     return settings.checked(given, {"bias_correction": KNOWN[kind].get("bias_correction", "nadam")})
 
