@@ -145,9 +145,8 @@ def test_two_threads_with_one_optimizer(settings):
 
 
 SMALL = """
-import atexit, json, nadam, os
+import atexit, json, nadam, os, signal
 import numpy as np
-from nadam.kernels.cpu import threads
 from nadam.kernels.cpu import threads
 threads.WORTH_SHARING = 1
 nadam.set_num_threads(2)
@@ -161,10 +160,13 @@ FORK = """
 step()
 assert threads._pool is not None
 read, write = os.pipe()
+threads._lock.acquire()  # as another thread may have it
 child = os.fork()
 if child == 0:
+    signal.alarm(60)  # rather than hang
     os.write(write, json.dumps(step()).encode())
     os._exit(0)
+threads._lock.release()
 os.close(write)
 in_child = json.loads(os.read(read, 1000))
 assert step() == in_child

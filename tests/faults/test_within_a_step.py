@@ -74,3 +74,21 @@ def test_another_thread_waits(within, call):
     host.step(GRADS)
     assert not same(before, host.state())
     assert np.isfinite(host.state()["params"][0]).all()
+
+
+@pytest.mark.skipif("torch" not in NAMES, reason="PyTorch is not installed")
+def test_a_step_waits_until_a_state_is_loaded():
+    host, threads = built("torch"), []
+    host.step(GRADS)
+    first = deepcopy(host.optimizer.state_dict())
+
+    def meanwhile(optimizer):
+        threads.append(threading.Thread(target=optimizer.step))
+        threads[0].start()
+        threads[0].join(0.2)
+        assert threads[0].is_alive()
+
+    host.optimizer.register_load_state_dict_post_hook(meanwhile)
+    host.optimizer.load_state_dict(first)
+    threads[0].join(30)
+    assert host.state()["step"][0] == 2
