@@ -19,8 +19,6 @@ from nadam.core.portable import Rename, Transpose
 
 __all__ = ["Inspection", "PendingSave", "TensorReport", "inspect", "load", "save", "save_async"]
 
-BUFFER = 1 << 20
-
 
 def save(
     path: str | os.PathLike[str],
@@ -194,7 +192,7 @@ def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
         return tree.restore(arrays.pop(name), dtype)
 
     try:
-        with open(path, "rb", buffering=BUFFER) as file:
+        with open(path, "rb", buffering=0) as file:
             header = container.read_header(file)
             for tensor, array, problem in container.read_tensors(file, header.tensors, keep=True):
                 if problem:
@@ -210,7 +208,7 @@ def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_header(path: str | os.PathLike[str]) -> None:
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         container.read_header(file)
 
 
@@ -277,7 +275,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     metadata: dict[str, Any] = {}
     tensors: list[TensorReport] = []
     problem = ""
-    with open(path, "rb", buffering=BUFFER) as file:
+    with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             header = container.read_header(file)

@@ -15,6 +15,8 @@ fcntl: Any = None
 with suppress(ImportError):  # on Windows
     import fcntl
 
+BUFFER = 1 << 20
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -32,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _remove_leftovers(target)
     temporary, handle = _create(target, mode)
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with os.fdopen(handle, "w+b", BUFFER) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -8,7 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from functools import lru_cache
+from io import FileIO
+from json.encoder import encode_basestring_ascii
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +26,16 @@ NO_DIGEST = "0" * 32
 ALIGNMENT = 64
 LONGEST_HEADER = 100_000_000  # that readers of safetensors take
 MOST_DIMENSIONS = 64  # of NumPy's arrays
-STORAGE = dict(tree.NAMED.values())
+# Read at once: many small tensors (6 ms for 3,000 of 4 KB, 9 one by one), and of a large one what is in the processor's
+# cache still when the digest takes it.
+CHUNK = 1 << 20
+STORAGE = {kind: np.dtype(storage) for kind, storage in tree.NAMED.values()}
 # What Python makes of JSON can be 30 times as large. With so many bytes of header for each of these characters (filled
 # up by spaces), reading a file takes no more than ten times its size.
-ROOM = {b"[": 8, b"{": 8, b":": 22, b",": 8}
+ROOM = {ord("["): 8, ord("{"): 8, ord(":"): 22, ord(","): 8}
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a file.
 
     Attributes:
@@ -75,21 +80,20 @@ def encode(state: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> tupl
     text = json.dumps(tree.encode(state, stored))
     # Each begins at a multiple of its items' size, since no shorter power of two comes before it.
     arrays = dict(sorted(stored.items(), key=lambda item: _alignment(item[1]), reverse=True))
-    digests = {name: xxh3_128_hexdigest(_bytes(array)) for name, (array, *_) in arrays.items()}
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "header_xxh3_128": NO_DIGEST,
-            "nadam_checkpoint": VERSION,
-            "state": text,
-            "metadata": json.dumps(_checked(metadata)),
-            "xxh3_128": json.dumps(digests),
-        }
+    digests = {name: xxh3_128_hexdigest(array.data) for name, (array, *_) in arrays.items()}
+    about = {
+        "header_xxh3_128": NO_DIGEST,
+        "nadam_checkpoint": VERSION,
+        "state": text,
+        "metadata": json.dumps(_checked(metadata)),
+        "xxh3_128": json.dumps(digests),
     }
-    stop = 0
-    for name, (array, kind, _) in arrays.items():
+    parts, stop = ['{"__metadata__":' + json.dumps(about, separators=(",", ":"))], 0
+    for name, (array, kind, _) in arrays.items():  # half the time of a dict of dicts for json.dumps
         start, stop = stop, stop + array.nbytes
-        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [start, stop]}
-    content = json.dumps(header, separators=(",", ":")).encode()
+        where = f'"shape":{list(array.shape)},"data_offsets":[{start},{stop}]'
+        parts.append(f'{encode_basestring_ascii(name)}:{{"dtype":"{kind}",{where}}}')
+    content = (",".join(parts) + "}").encode()
     length = max(len(content), _room(content))
     content = content.ljust(length + -(8 + length) % ALIGNMENT)
     if len(content) > LONGEST_HEADER:
@@ -102,20 +106,17 @@ def _alignment(stored: tree.Stored) -> int:
     return size & -size
 
 
-def _bytes(array: NDArray[Any]) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
 def _checked(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     arrays: dict[str, tree.Stored] = {}
-    encoded = tree.encode({} if metadata is None else metadata, arrays, "metadata")
+    encoded = tree.encode({} if metadata is None else metadata, arrays, ("metadata",))
     if arrays or not isinstance(encoded, dict) or encoded != (metadata or {}):
         raise TypeError(f"metadata={metadata!r:.99}: expected what JSON has: no arrays, tuples or keys but strings")
     return encoded
 
 
 def _room(header: bytes) -> int:
-    return sum(header.count(character) * size for character, size in ROOM.items())
+    content = np.frombuffer(header, np.uint8)  # a fifth of the time of bytes.count
+    return sum(int(np.count_nonzero(content == character)) * size for character, size in ROOM.items())
 
 
 def _digest(header: bytes) -> str:
@@ -132,11 +133,10 @@ def _signed(header: bytes) -> bytes:
 def write(file: BinaryIO, header: bytes, arrays: list[NDArray[Any]]) -> None:
     """Write what `encode` gave."""
     file.write(len(header).to_bytes(8, "little") + header)
-    for array in arrays:
-        file.write(_bytes(array))
+    file.writelines(arrays)  # type: ignore[arg-type]
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(file: FileIO) -> Header:
     """The header of a file, which is then at the first byte of its tensors.
 
     Raises:
@@ -202,15 +202,14 @@ def _json(text: str) -> Any:
 
 
 def _tensor(name: str, entry: Any, digest: Any) -> Tensor:
-    kind, shape, (start, stop) = entry.pop("dtype"), entry.pop("shape"), entry.pop("data_offsets")
+    kind, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if kind not in STORAGE:
         raise ValueError(f"tensor {name!r:.99}: dtype {kind!r:.30}, expected one of {', '.join(STORAGE)}")
-    numbers = [start, stop, *shape]
-    if entry or len(shape) > MOST_DIMENSIONS or any(type(number) is not int or number < 0 for number in numbers):
+    size = _size(kind, *shape)
+    if size is None or len(entry) != 3 or type(start) is not int or type(stop) is not int:
         raise ValueError(
             f"tensor {name!r:.99}: shape {shape!r:.99}, bytes {start!r:.30} to {stop!r:.30}, {entry!r:.30}"
         )
-    size = math.prod(shape) * np.dtype(STORAGE[kind]).itemsize
     if size != stop - start:
         raise ValueError(f"tensor {name!r:.99}: {kind} of shape {shape} has {size} bytes, not {stop - start}")
     if not isinstance(digest, str) or len(digest) != len(NO_DIGEST):
@@ -218,24 +217,41 @@ def _tensor(name: str, entry: Any, digest: Any) -> Tensor:
     return Tensor(name, tuple(shape), kind, start, stop, digest)
 
 
-def read_tensors(file: BinaryIO, tensors: list[Tensor], *, keep: bool) -> Iterator[tuple[Tensor, NDArray[Any], str]]:
+@lru_cache(1000, typed=True)  # which tells True from 1; a state has few shapes and many tensors
+def _size(kind: str, *shape: Any) -> int | None:
+    """The bytes of a shape; None if it is none."""
+    if len(shape) > MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
+        return None
+    return int(math.prod(shape) * STORAGE[kind].itemsize)
+
+
+def read_tensors(file: FileIO, tensors: list[Tensor], *, keep: bool) -> Iterator[tuple[Tensor, NDArray[Any], str]]:
     """The tensors that follow a header, each with what is wrong with it, or nothing.
 
     Args:
-        file: At the first byte of the tensors.
+        file: At the first byte of the tensors; without a buffer, through which a gigabyte took three times as long.
         tensors: Of the header.
         keep: Whether each has memory of its own, in one allocation for all; otherwise each has that of the last.
     """
     size = tensors[-1].stop if tensors and keep else max((tensor.stop - tensor.start for tensor in tensors), default=0)
     memory: NDArray[np.uint8] = np.empty(size + ALIGNMENT, np.uint8)
     memory = memory[-memory.ctypes.data % ALIGNMENT :]
+    view, read = memory.data, 0
     for tensor in tensors:
-        start = tensor.start if keep else 0
-        array = memory[start : start + tensor.stop - tensor.start]
-        read = file.readinto(array.data)  # type: ignore[attr-defined]
-        digest, problem = xxh3_128_hexdigest(array.data), ""
-        if read < array.nbytes:
-            problem = f"cut off: expected {array.nbytes} bytes, found {read}"
-        elif digest != tensor.digest:
-            problem = f"damaged: expected XXH3 {tensor.digest}, found {digest}"
-        yield tensor, array.view(STORAGE[tensor.kind]).reshape(tensor.shape), problem
+        start = at = tensor.start if keep else 0
+        stop = start + tensor.stop - tensor.start
+        if not keep:
+            read, size = 0, stop
+        digest, problem = xxh3_128(), ""
+        while at < stop:
+            if at == read:
+                read += file.readinto(view[read : min(size, read + CHUNK)])
+                if at == read:
+                    break
+            digest.update(view[at : min(stop, read)])
+            at = min(stop, read)
+        if at < stop:
+            problem = f"cut off: expected {stop - start} bytes, found {at - start}"
+        elif digest.hexdigest() != tensor.digest:
+            problem = f"damaged: expected XXH3 {tensor.digest}, found {digest.hexdigest()}"
+        yield tensor, np.ndarray(tensor.shape, STORAGE[tensor.kind], memory, start), problem
