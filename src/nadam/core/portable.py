@@ -115,9 +115,14 @@ class PortableState:
             _number("loss_scale", given["loss_scale"].get("scale"), 2.0**-126, 2.0**127)
         for name in ("step", "position", "skipped_steps"):
             _count(given, name)
+        if not _are_names(given["names"]):
+            raise ValueError(f"names: {given['names']!r:.99}: expected strings")
         if len(set(given["names"])) < len(given["names"]) or not set(given["params"]) <= set(given["names"]):
             raise ValueError("names: expected each parameter once, and all that have state")
         _number("momentum_product", given["momentum_product"], 0.0, 1.0, optional=True)
+        for i, group in enumerate(given["groups"]):
+            if not isinstance(group, Mapping) or not _are_names(group.get("params")):
+                raise ValueError(f"groups[{i}]: {group!r:.99}: expected a dict with a list of names, 'params'")
         given["params"] = {name: _param_state(name, entry) for name, entry in given["params"].items()}
         for name, value in (given["values"] or {}).items():
             if not isinstance(value, np.ndarray):
@@ -367,6 +372,10 @@ def _number(name: str, value: Any, low: float, high: float, optional: bool = Fal
         raise ValueError(f"{name}={value!r}: expected {low:g} <= {name} <= {high:g}")
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
 def _same_names(what: str, given: Iterable[str], expected: Iterable[str]) -> None:
     missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or unknown:
@@ -379,8 +388,8 @@ def _some(names: list[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as it is compared: numbers as floats, nothing for what computes it."""
-    if isinstance(value, Mapping):
+    """A setting as it is compared: numbers as floats, nothing for what computes it or is no setting."""
+    if isinstance(value, (Mapping, list, np.ndarray)):
         return None
     if value is None or value is False:
         return 0.0

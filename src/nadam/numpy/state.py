@@ -50,6 +50,8 @@ def load_state_dict(parameters: Parameters, state: Mapping[str, Any]) -> float |
         raise ValueError("state: 'state' is missing")
     _same_names("parameters", arrays, entries)
     accumulating = {name for name, entry in entries.items() if entry.accumulator is not None}
+    if not isinstance(accumulated, (list, tuple)) or not all(isinstance(name, str) for name in accumulated):
+        raise ValueError(f"accumulated: {accumulated!r:.99}: expected a list of names")
     if set(accumulated) - accumulating:
         raise ValueError(f"accumulated: {sorted(set(accumulated) - accumulating)}: no parameters with an accumulator")
     for name, entry in entries.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from math import inf
 from typing import Any
 
@@ -40,9 +40,23 @@ def check_new_group(group: Any, of_all: Mapping[str, Any], index: int) -> None:
 
 
 def check_saved_groups(state_dict: Mapping[str, Any], of_all: Mapping[str, Any]) -> None:
-    """That the groups of a checkpoint have settings of a group."""
-    for i, group in enumerate(state_dict.get("param_groups", ())):
+    """That a checkpoint is made as PyTorch makes one, and that its groups have settings of a group."""
+    _check_is(state_dict.get("state", {}), Mapping, "state")
+    groups = state_dict.get("param_groups", [])
+    _check_is(groups, (list, tuple), "param_groups")
+    for i, group in enumerate(groups):
+        _check_is(group, Mapping, f"param_groups[{i}]")
+        _check_is(group.get("params"), (list, tuple), f"param_groups[{i}]['params']")
+        for name in ("params", "param_names"):
+            if not all(isinstance(each, Hashable) for each in group.get(name) or ()):
+                raise ValueError(f"param_groups[{i}][{name!r}]: {group[name]!r:.99}, expected numbers or names")
         check_group(group, of_all, f"param_groups[{i}]")
+
+
+def _check_is(value: Any, kinds: Any, where: str) -> None:
+    if not isinstance(value, kinds):
+        wanted = "a dict" if kinds is Mapping else "a list"
+        raise ValueError(f"{where}: expected {wanted}, got {type(value).__name__}")
 
 
 def where_it_belongs(name: str) -> str:

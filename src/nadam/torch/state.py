@@ -109,7 +109,7 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
             kept[name] = value
             continue
         shape = torch.Size() if name in SCALARS else param.shape
-        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        tensor = _tensor(f"{where}[{name!r}]", value)
         if name in SCALARS and tensor.numel() == 1:
             tensor = tensor.reshape(())
         if tensor.shape != shape:
@@ -119,6 +119,13 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
         kept[name] = Kept(_placed(name, tensor, param))
     _check_ranges(where, kept)
     return kept
+
+
+def _tensor(where: str, value: Any) -> Tensor:
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{where}: {value!r:.99}, expected a tensor: {error}") from error
 
 
 def _check_ranges(where: str, entry: dict[str, Any]) -> None:
