@@ -63,14 +63,15 @@ def encode(value: Any, arrays: dict[str, Stored], where: Path = ("state",)) -> A
     depth = len(where) - 1
     if depth > DEPTH:
         raise _too_deep(where)
-    if _is_plain(value, where):
-        return value
-    if isinstance(value, Mapping):
-        pairs = [(_key(key, where, depth + 1), encode(item, arrays, (*where, key))) for key, item in value.items()]
-        return dict(pairs) if all(type(key) is str and key not in MARKERS for key, _ in pairs) else {ITEMS: pairs}
-    if type(value) in (list, tuple):
-        encoded = [encode(item, arrays, (*where, i)) for i, item in enumerate(value)]
-        return encoded if type(value) is list else {TUPLE: encoded}
+    if type(value) is not np.ndarray:  # which is none of these
+        if _is_plain(value, where):
+            return value
+        if isinstance(value, Mapping):
+            pairs = [(_key(key, where, depth + 1), encode(item, arrays, (*where, key))) for key, item in value.items()]
+            return dict(pairs) if all(type(key) is str and key not in MARKERS for key, _ in pairs) else {ITEMS: pairs}
+        if type(value) in (list, tuple):
+            encoded = [encode(item, arrays, (*where, i)) for i, item in enumerate(value)]
+            return encoded if type(value) is list else {TUPLE: encoded}
     stored = _stored(value, where)
     if stored is None:
         raise TypeError(f"{_spelled(where)}: a {_named(value)} cannot be saved")
