@@ -27,9 +27,11 @@ SMALL = 10**6  # parameters up to which steps are timed many at once
 
 
 def units(options: Options) -> list[tuple[str, int]]:
-    """Axes and sizes that there is memory for."""
+    """Axes and sizes that there is memory for; for a quick look on NumPy only."""
+    if options.models or (options.quick and options.host != "numpy"):
+        return []
     sizes = QUICK if options.quick else SIZES
-    found = [(axis, size) for axis in sizes for size in sizes[axis]] if not options.models else []
+    found = [(axis, size) for axis in sizes for size in sizes[axis]]
     return [(axis, size) for axis, size in found if NEEDED * _count(axis, size) < free_memory()]
 
 

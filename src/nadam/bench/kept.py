@@ -21,12 +21,12 @@ Contestant = tuple[str, str, Callable[[], Sequence[Any]]]  # kind, whose, what g
 
 
 def units(options: Options) -> list[tuple[str]]:
-    """Number formats; float64 where the host has it without being told."""
+    """Number formats; float64 where the host has it without being told, and not for a quick look."""
     if options.models:
         return []
-    dtypes = DTYPES if options.host in ("numpy", "torch") else ("float32", "bfloat16")
+    dtypes: tuple[str, ...] = DTYPES if options.host in ("numpy", "torch") and not options.quick else DTYPES[:2]
     if options.host == "numpy" and find_spec("ml_dtypes") is None:
-        dtypes = ("float32", "float64")
+        dtypes = tuple(dtype for dtype in dtypes if dtype != "bfloat16")
     return [(dtype,) for dtype in dtypes]
 
 

@@ -69,8 +69,7 @@ def in_loops(
 
 def units(module: Loops, options: Options) -> list[tuple[str, str]]:
     """The models and kinds to time."""
-    # Each kind that is compiled takes seconds before it takes its first step.
-    kinds = KINDS[:1] if options.quick and options.host not in ("numpy", "torch") else KINDS
+    kinds = KINDS[:1] if options.quick else KINDS
     return [(model, kind) for model in options.chosen(module.MODELS, module.QUICK_MODELS) for kind in kinds]
 
 

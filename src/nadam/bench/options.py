@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
-QUICK_BUDGET = 0.4
+QUICK_BUDGET = 0.25
 # Each host by its name on the command line: its heading, and what has to be installed.
 HOSTS = {
     "numpy": ("NumPy", ()),

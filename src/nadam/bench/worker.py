@@ -69,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (given,) = sys.argv[1:] if arguments is None else arguments
     options = Options(**json.loads(given))
     if options.host in _KERAS:
-        os.environ["KERAS_BACKEND"] = options.host.partition("-")[2]
+        backend = options.host.partition("-")[2]
+        os.environ["KERAS_BACKEND"] = backend
+        # Keras imports whatever else is installed as well, for seconds: here only its backend is.
+        sys.modules.update(dict.fromkeys({"torch", "jax", "tensorflow", "sklearn"} - {backend}))  # type: ignore[arg-type]
     out = sys.stdout
 
     def send(**message: Any) -> None:
