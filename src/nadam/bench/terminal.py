@@ -42,26 +42,26 @@ def new_table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table
 
 
 def timings(title: str, rows: Sequence[Timing]) -> Iterator[Table]:
-    """The ratio is the figure."""
-    wanted, notes = any(row.wanted for row in rows), any(row.note for row in rows)
-    numbers = ["ours", "theirs", "ratio", *["wanted", "reached"] * wanted, *["seen"] * notes]
-    table = new_table(title, ["host", "model", "kind", "against"], numbers)
-    before: tuple[str, ...] = ()
-    for row in rows:
-        if before and row.host != before[0]:
-            table.add_section()
-        same = row.key[:3] == before
-        table.add_row(
-            *([""] * 3 if same else row.key[:3]),
-            row.against,
-            duration(row.ours),
-            duration(row.theirs),
-            Text(f"{row.ratio:.2f}x", style=COLOURS[row.verdict]),
-            *([f"{row.wanted:.2f}x" if row.wanted else "", REACHED[row.reached]] if wanted else []),
-            *([row.note] if notes else []),
-        )
-        before = row.key[:3]
-    yield table
+    """A table for each host; the ratio is the figure."""
+    for host in dict.fromkeys(row.host for row in rows):
+        own = [row for row in rows if row.host == host]
+        wanted, notes = any(row.wanted for row in own), any(row.note for row in own)
+        numbers = ["ours", "theirs", "ratio", *["wanted"] * wanted, *["seen"] * notes]
+        table = new_table(f"{title}: {host}", ["model", "kind", "against"], numbers)
+        before: tuple[str, ...] = ()
+        for row in own:
+            same = row.key[:3] == before
+            table.add_row(
+                *([""] * 2 if same else row.key[1:3]),
+                row.against,
+                duration(row.ours),
+                duration(row.theirs),
+                Text(f"{row.ratio:.2f}x", style=COLOURS[row.verdict]),
+                *([f"{row.wanted:.2f}x {REACHED[row.reached]}" if row.wanted else ""] if wanted else []),
+                *([row.note] if notes else []),
+            )
+            before = row.key[:3]
+        yield table
 
 
 def growth(title: str, rows: Sequence[Growth]) -> Iterator[Table]:

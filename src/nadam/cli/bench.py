@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `nadam bench`."""
     names = [*MODELS, *CASES]
     parser.add_argument("--quick", action="store_true", help="a first look: one or two models, small sizes")
-    parser.add_argument("--host", nargs="+", choices=HOSTS, help="only these (default: all that are installed)")
+    parser.add_argument("--host", nargs="+", choices=HOSTS, metavar="HOST", help=f"only these of {', '.join(HOSTS)}")
     parser.add_argument("--model", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}")
-    parser.add_argument("--rounds", type=int, help=f"samples of each figure (default: {ROUNDS}; {QUICK_ROUNDS})")
+    parser.add_argument(
+        "--rounds", type=int, help=f"samples of each figure (default: {ROUNDS}; with --quick up to {QUICK_ROUNDS})"
+    )
     parser.add_argument("--steps", action="store_true", help="then steps by themselves, in a hot loop, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file; - for stdout")
     parser.add_argument("--html", type=Path, metavar="FILE", default=Path("report.html"), help="the page to write")
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
-        args.parser.error('nadam bench needs rich: pip install "nadam[bench]"')
+        raise ImportError('needs rich: pip install "nadam[bench]"') from None
     try:
         then = None if args.compare is None else records.read(args.compare)
     except ValueError as error:

@@ -21,6 +21,7 @@ from nadam.kernels.gpu import OLDEST_TRITON
 
 SETTINGS = ("NADAM_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_DISABLE_JIT", "OMP_NUM_THREADS", "KERAS_BACKEND")
 CPU = "the compiled pass"
+ON_TORCH = {"on PyTorch's tensors": "as many as PyTorch computes on; torch.set_num_threads() sets them"}
 SECONDS = 2.0  # of the comparison
 
 
@@ -51,7 +52,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "versions": versions | absent,
         "machine": machine.machine(),
         "kernels": kernels(versions),
-        "threads": {"of a pass": get_num_threads(), "of PyTorch's tensors": "torch.get_num_threads()"},
+        "threads": {"of a pass": get_num_threads()} | (ON_TORCH if "torch" in versions else {}),
         "cache": cache(),
         "environment": settings or {"set": "nothing that nadam reads"},
     }
@@ -118,8 +119,8 @@ def glance() -> int:
     seen = in_loops(samples, 1000, steps=2, warm_up=1, budget=SECONDS)
     print(f"\none step in a training loop, {name}, {perf_counter() - begin:.1f} s of it")
     own = sorted(seen[OURS])[len(seen[OURS]) // 2]
-    print(f"  {'nadam':20} {duration(own)}")
+    print(f"  {'nadam':22} {duration(own)}")
     for who, label in others.items():
-        print(f"  {label:20} {duration(sorted(seen[who])[len(seen[who]) // 2])}, {ratio(seen[who], seen[OURS]):.2f}x")
+        print(f"  {label:22} {duration(sorted(seen[who])[len(seen[who]) // 2])}, {ratio(seen[who], seen[OURS]):.2f}x")
     print('all of it: nadam bench --quick, after pip install "nadam[bench]"')
     return 0
