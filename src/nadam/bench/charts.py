@@ -13,7 +13,7 @@ STOCK, ADAM = (
     ("fused Adam", "Adam", "AdamW fused"),
 )
 WIDTH, HEIGHT = 460, 290
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 68, 16, 12, 46
 _POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Points = Sequence[tuple[float, float]]
@@ -56,7 +56,7 @@ def lines(title: str, axis: str, curves: Mapping[str, Points]) -> str:
         x = across(10.0**power)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         label = f"10{str(power).translate(_POWERS)}" if power > 3 else f"{10**power:,}"
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text>')
     for who, points in sorted(curves.items(), key=lambda curve: curve[0] == OURS):  # ours on top
