@@ -1,5 +1,7 @@
 """`nadam bench` and `nadam info`: every part runs once, small, and the report is a page; no test looks at a time."""
 
+import importlib
+import io
 import json
 import re
 import shutil
@@ -130,6 +132,23 @@ def test_the_command_writes_tables_json_and_the_page(tmp_path, capsys):
     assert found["format"] == records.FORMAT
     assert set(NUMBERS) <= found["rows"]["loops"][0].keys()
     assert {row["axis"] for row in found["rows"]["growth"]} == {"parameters", "tensors"}
+
+
+def test_tables_fit_80_columns():
+    console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
+    run = canned()
+    row = replace(run.rows["loops"][0], host="Keras on tensorflow", model="transformer, 0.8M", against="fused Adam")
+    run.rows["loops"].append(row)
+    terminal = importlib.import_module("nadam.bench.terminal")
+    terminal.show(console, run, [])
+    (line,) = (line for line in console.file.getvalue().splitlines() if "transformer, 0.8M" in line)
+    assert " ".join(line.split()) == "transformer, 0.8M plain fused Adam 1.00 ms 4.00 ms 4.00x 1.00x yes"
+
+
+def test_without_rich_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["bench", "--host", "numpy"]) == 1
+    assert capsys.readouterr().err == 'nadam bench: needs rich: pip install "nadam[bench]"\n'
 
 
 def test_info_tells_versions_and_imports_no_framework(capsys):
