@@ -5,23 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import inf, isfinite
+from math import inf
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.config import FIELDS, to_config
 from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.portable_checks import are_names, check_array, check_count, check_names, check_number, some
+from nadam.core.portable_settings import plain, settings_of
 from nadam.core.scalars import momentum_product
 
 Array = NDArray[Any]
 FORMAT = 1
-_PYTORCHS = ("coupled_weight_decay", "maximize")
 # Arrays of a parameter's state, each of the parameter's shape.
 SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "remainder")
-# Settings of Nadam's rule, which Adam has not: coming from it or going to it, they do not differ.
-NO_ADAMS = frozenset({"momentum_decay", "bias_correction"})
 Rename = Mapping[str, str] | Callable[[str], str]
 Transpose = Iterable[str] | Mapping[str, tuple[int, ...] | None]
 
@@ -111,17 +109,17 @@ class PortableState:
             if not isinstance(given[name], kind):
                 raise ValueError(f"{name}: {type(given[name]).__name__}, which it cannot be")
         if given["loss_scale"] is not None:
-            _count(given["loss_scale"], "good_steps")
-            _number("loss_scale", given["loss_scale"].get("scale"), 2.0**-126, 2.0**127)
+            check_count(given["loss_scale"], "good_steps")
+            check_number("loss_scale", given["loss_scale"].get("scale"), 2.0**-126, 2.0**127)
         for name in ("step", "position", "skipped_steps"):
-            _count(given, name)
-        if not _are_names(given["names"]):
+            check_count(given, name)
+        if not are_names(given["names"]):
             raise ValueError(f"names: {given['names']!r:.99}: expected strings")
         if len(set(given["names"])) < len(given["names"]) or not set(given["params"]) <= set(given["names"]):
             raise ValueError("names: expected each parameter once, and all that have state")
-        _number("momentum_product", given["momentum_product"], 0.0, 1.0, optional=True)
+        check_number("momentum_product", given["momentum_product"], 0.0, 1.0, optional=True)
         for i, group in enumerate(given["groups"]):
-            if not isinstance(group, Mapping) or not _are_names(group.get("params")):
+            if not isinstance(group, Mapping) or not are_names(group.get("params")):
                 raise ValueError(f"groups[{i}]: {group!r:.99}: expected a dict with a list of names, 'params'")
         given["params"] = {name: _param_state(name, entry) for name, entry in given["params"].items()}
         for name, value in (given["values"] or {}).items():
@@ -190,7 +188,7 @@ class PortableState:
         Warns:
             UserWarning: Settings differ, whose own values are kept; averages or a remainder get lost.
         """
-        _same_names("parameters", self.names, shapes)
+        check_names("parameters", self.names, shapes)
         for name, state in self.params.items():
             if state.exp_avg.shape != tuple(shapes[name]):
                 raise ValueError(f"{name}: shape {state.exp_avg.shape}, expected {tuple(shapes[name])}; see transpose")
@@ -214,13 +212,13 @@ class PortableState:
         if values is not None:
             if self.values is None:
                 raise ValueError("params: the state was saved without parameters")
-            _same_names("values", self.values, values)
+            check_names("values", self.values, values)
             for name, shape in values.items():
                 if self.values[name].shape != tuple(shape):
                     raise ValueError(f"{name}: shape {self.values[name].shape}, expected {tuple(shape)}; see transpose")
         lost = [name for name, state in self.params.items() if state.ema is not None and not h.use_ema]
         if lost:
-            warnings.warn(f"use_ema=False: the moving averages of {_some(lost)} are left out", stacklevel=2)
+            warnings.warn(f"use_ema=False: the moving averages of {some(lost)} are left out", stacklevel=2)
 
     def check_settings(self, h: Hyperparameters, names: Iterable[str], *, adam: bool = False) -> None:
         """Warn where the settings with which some parameters were trained are others than those of an optimizer."""
@@ -230,7 +228,7 @@ class PortableState:
                 continue
             unused = set() if given.get("weight_decay") and own["weight_decay"] else {"coupled_weight_decay"}
             for key in (given.keys() & own.keys()) - _NOT_COMPARED - unused:
-                kept, mine = _plain(given[key]), _plain(own[key])
+                kept, mine = plain(given[key]), plain(own[key])
                 if kept != mine and None not in (kept, mine):  # what a function gives, nobody knows
                     name, shown = h.spelling.get(key, key), (own[key], given[key])
                     if name == f"de{key}":  # PyTorch's decoupled_weight_decay
@@ -245,7 +243,7 @@ class PortableState:
     def learning_rate(self, names: Iterable[str]) -> float | None:
         """The learning rate of some parameters, where it is a number and the same for all of them."""
         chosen = set(names)
-        found = {_plain(group.get("lr")) for group in self.groups if not chosen.isdisjoint(group["params"])}
+        found = {plain(group.get("lr")) for group in self.groups if not chosen.isdisjoint(group["params"])}
         rate = found.pop() if len(found) == 1 else None
         return rate if isinstance(rate, float) and 0 <= rate < inf else None
 
@@ -279,33 +277,6 @@ class PortableState:
                 )
 
 
-def by_decay(h: Hyperparameters, decays: Mapping[str, bool]) -> list[tuple[Hyperparameters, list[str]]]:
-    """The settings of the parameters that decay and of those that do not, with their names."""
-    both = [(replace(h, weight_decay=h.weight_decay if which else None), which) for which in (True, False)]
-    made = [(settings, [name for name, own in decays.items() if own == which]) for settings, which in both]
-    return [(settings, own) for settings, own in made if own]
-
-
-def settings_of(h: Hyperparameters, names: list[str], *, adam: bool = False) -> dict[str, Any]:
-    """An entry of `PortableState.groups`: settings as JSON can hold them, of Adam without those that it has not."""
-    found: dict[str, Any] = {"params": names}
-    for name in (*FIELDS, *_PYTORCHS):
-        value = getattr(h, name)
-        if adam and name in NO_ADAMS:
-            continue
-        try:
-            found[name] = to_config(name, value)
-        except ValueError:  # of a function that has no name
-            found[name] = {"class_name": "function", "config": repr(value)}
-    return found
-
-
-def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
-    """The settings in an entry of `PortableState.groups`; those that a function gives are the defaults."""
-    known = {name: group[name] for name in (*FIELDS, *_PYTORCHS) if name in group}
-    return Hyperparameters(**{name: value for name, value in known.items() if not isinstance(value, Mapping)})
-
-
 def widened(array: Any) -> Array:
     """An array of NumPy; bfloat16, which not every installation of it knows, in float32, which holds its values.
 
@@ -334,63 +305,11 @@ def _param_state(name: str, entry: Any) -> ParamState:
     if not isinstance(entry, Mapping) or not {"step", "exp_avg", "exp_avg_sq"} <= set(entry) <= known:
         found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
         raise ValueError(f"{name}: {found}, expected step, exp_avg, exp_avg_sq and nothing but {sorted(known)}")
-    _count(entry, "step", f"{name}.")
-    _number(f"{name}.momentum_product", entry.get("momentum_product"), 0.0, 1.0, optional=True)
+    check_count(entry, "step", f"{name}.")
+    check_number(f"{name}.momentum_product", entry.get("momentum_product"), 0.0, 1.0, optional=True)
     if not isinstance(entry.get("accumulated", False), bool):
         raise ValueError(f"{name}.accumulated: {entry['accumulated']!r}, expected a bool")
     for slot in SLOTS:
         if slot in entry:
-            _check_array(f"{name}.{slot}", slot, entry[slot], entry["exp_avg"])
+            check_array(f"{name}.{slot}", slot, entry[slot], entry["exp_avg"])
     return ParamState(**{"momentum_product": None, **entry})
-
-
-def _check_array(where: str, slot: str, array: Any, like: Any) -> None:
-    kinds = "i" if slot == "remainder" else "fc"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
-        found = getattr(array, "dtype", type(array).__name__)
-        raise ValueError(
-            f"{where}: {found}, expected an array of {'int16' if kinds == 'i' else 'floating-point numbers'}"
-        )
-    if array.shape != like.shape:
-        raise ValueError(f"{where}: shape {array.shape}, but that of exp_avg is {like.shape}")
-    if kinds != "i" and not np.isfinite(array).all():
-        raise ValueError(f"{where}: not all of its values are finite")
-    if slot == "exp_avg_sq" and array.size and min(array.real.min(), array.imag.min()) < 0:
-        raise ValueError(f"{where}: a negative value in an average of squares")
-
-
-def _count(given: Mapping[str, Any], name: str, where: str = "") -> None:
-    value = given.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{where}{name}={value!r}: expected an integer, {name} >= 0")
-
-
-def _number(name: str, value: Any, low: float, high: float, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high and isfinite(value)):
-        raise ValueError(f"{name}={value!r}: expected {low:g} <= {name} <= {high:g}")
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
-
-
-def _same_names(what: str, given: Iterable[str], expected: Iterable[str]) -> None:
-    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
-    if missing or unknown:
-        parts = [f"missing {_some(missing)}" * bool(missing), f"not expected {_some(unknown)}" * bool(unknown)]
-        raise ValueError(f"{what}: {', '.join(filter(None, parts))}; see rename")
-
-
-def _some(names: list[str]) -> str:
-    return f"{names}" if len(names) <= 6 else f"{names[:5]} and {len(names) - 5} more"
-
-
-def _plain(value: Any) -> Any:
-    """A setting as it is compared: numbers as floats, nothing for what computes it or is no setting."""
-    if isinstance(value, (Mapping, list, np.ndarray)):
-        return None
-    if value is None or value is False:
-        return 0.0
-    return float(value) if isinstance(value, (int, float)) else value

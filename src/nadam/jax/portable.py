@@ -10,7 +10,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
+from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_settings import by_decay, settings_of
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.fused_step import Fused
 from nadam.jax.state import is_ours, replaced, the_one

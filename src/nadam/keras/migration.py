@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from nadam.core.portable import NO_ADAMS
+from nadam.core.portable_settings import NO_ADAMS
 from nadam.keras import portable
 from nadam.keras.optimizer import EXCLUDED, OWN, Nadam
 

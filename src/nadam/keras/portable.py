@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
+from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_settings import by_decay, settings_of
 from nadam.keras.backends import SKIPPED, backend
 from nadam.keras.optimizer import Nadam
 from nadam.keras.slots import path_of

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.counters import SEEN, SKIPPED
-from nadam.core.portable import ParamState, PortableState, by_decay, settings_of, widened
+from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_settings import by_decay, settings_of
 from nadam.numpy.loss_scale import LossScaleOptimizer
 from nadam.numpy.optimizer import Nadam
 from nadam.numpy.parameters import Parameters

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable import ParamState, PortableState, hyperparameters_of, settings_of
+from nadam.core.portable import ParamState, PortableState
+from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.fallback import joined, store
 from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
