@@ -22,12 +22,13 @@ def framed(header, data=b"", length=None):
 
 
 def header(tree, entries, digests, roomy=True, version="1", metadata="{}", **more):
-    """Bytes of a header; trees, digests and entries are values or the JSON itself."""
+    """Bytes of a header; trees, digests by name and entries are values or the text itself."""
 
     def text(value):
         return value if isinstance(value, str) else json.dumps(value)
 
-    about = {"nadam_checkpoint": version, "state": text(tree), "metadata": metadata, "xxh3_128": text(digests), **more}
+    own = "".join(map(str, digests.values())) if isinstance(digests, dict) else text(digests)
+    about = {"nadam_checkpoint": version, "state": text(tree), "metadata": metadata, "xxh3_128": own, **more}
     entries = text(entries)[1:-1]
     made = BEGINNING + b"0" * 32 + b'",' + json.dumps(about).encode()[1:] + (b"," + entries.encode()) * bool(entries)
     made += b"}"
