@@ -44,9 +44,9 @@ def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
 
 
 def plain(value: Any) -> Any:
-    """A setting as it is compared: numbers as floats, nothing for what computes it or is no setting."""
+    """A setting as it is compared: 0 where it is absent, None where a function computes it or it is no setting."""
     if isinstance(value, (Mapping, list, np.ndarray)):
         return None
     if value is None or value is False:
         return 0.0
-    return float(value) if isinstance(value, (int, float)) else value
+    return value
