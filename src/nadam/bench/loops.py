@@ -82,7 +82,8 @@ def measure(module: Loops, options: Options, model: str, kind: str) -> Iterator[
         seen = in_loops(samples, options.rounds)
     beyond = less(seen, module.LESS) if module.LESS else seen
     # Where ours is lost in the noise, whole steps, with what would have been taken from them beside.
-    seen, kind = (beyond, kind) if OURS in beyond else (seen, f"{kind}, whole step")
+    # Ours and one to compare it with; else whole steps are.
+    seen, kind = (beyond, kind) if OURS in beyond and len(beyond) > 1 else (seen, f"{kind}, whole step")
     wanted = module.WANTED.get((model, kind), {})
     own = seen.pop(OURS)
     for against, times in seen.items():
