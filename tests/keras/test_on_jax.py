@@ -38,7 +38,7 @@ def test_a_compiled_step_calls_the_kernels_and_copies_nothing(settings, kernels)
 
 def test_the_loop_in_the_documentation_works_in_place():
     page = (Path(__file__).parents[2] / "docs" / "keras.md").read_text()
-    (block,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "donate_argnums" in each]
+    (block,) = [each for each in re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL) if "donate_argnums" in each]
     names = {"__name__": "documentation"}
     exec(compile(block, "keras.md", "exec"), names)
     state, inputs = names["state"], names["inputs"]
