@@ -35,7 +35,8 @@ def save(
 
     A file that is there is replaced and keeps its mode; of a symbolic link, what it points to. What processes that were
     killed while they saved to the same path have left is removed, where the system can lock files. A save to the same
-    path that `save_async` began is waited for.
+    path that `save_async` began is waited for. Arrays are written from where they lie: no step may run on another
+    thread meanwhile.
 
     Args:
         path: Of the file; with ``keep``, of a folder, which is made if it is not there.

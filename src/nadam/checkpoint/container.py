@@ -74,8 +74,6 @@ class Header:
 
 def encode(state: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> tuple[bytes, list[NDArray[Any]]]:
     """The header of a file, whole, and the arrays that follow it."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state: expected a dict, found a {type(state).__name__}")
     stored: dict[str, tree.Stored] = {}
     text = json.dumps(tree.encode(state, stored))
     # Each begins at a multiple of its items' size, since no shorter power of two comes before it.

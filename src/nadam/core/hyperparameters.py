@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from nadam.core.element import Flags
 from nadam.core.gradient import Check
-from nadam.core.scalars import Settings
+from nadam.core.scalars import Settings, momentum_product
 from nadam.core.schedules import LearningRateSchedule
 
 # name -> (allowed range, test). Comparisons with NaN are false, so NaN is out of every range.
@@ -137,6 +137,17 @@ class Hyperparameters:
             self.ema_momentum,
             self.ema_overwrite_frequency,
         )
+
+    def product_after(self, updates: int) -> float:
+        """The momentum product after so many updates, for state that does not keep it.
+
+        Raises:
+            ValueError: A function gives the first moment's decay rate.
+        """
+        if updates and callable(self.beta1):
+            name = self._spelt("beta1")
+            raise ValueError(f"{name}: it is computed at each step, so the missing momentum product cannot be computed")
+        return momentum_product(updates, self.beta1, self.momentum_decay)
 
     @property
     def flags(self) -> Flags:

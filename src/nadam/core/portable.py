@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import Any, Self
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable_checks import are_names, check_array, check_count, check_names, check_number, some
 from nadam.core.portable_settings import plain, settings_of
-from nadam.core.scalars import momentum_product
 
 Array = NDArray[Any]
 FORMAT = 1
@@ -186,7 +185,7 @@ class PortableState:
             ValueError: It cannot; it says what is in the way.
 
         Warns:
-            UserWarning: Settings differ, whose own values are kept; averages or a remainder get lost.
+            UserWarning: Averages are left out.
         """
         check_names("parameters", self.names, shapes)
         for name, state in self.params.items():
@@ -243,8 +242,8 @@ class PortableState:
     def learning_rate(self, names: Iterable[str]) -> float | None:
         """The learning rate of some parameters, where it is a number and the same for all of them."""
         chosen = set(names)
-        found = {plain(group.get("lr")) for group in self.groups if not chosen.isdisjoint(group["params"])}
-        rate = found.pop() if len(found) == 1 else None
+        found = [group.get("lr") for group in self.groups if not chosen.isdisjoint(group["params"])]
+        rate = found[0] if found and all(other == found[0] for other in found) else None
         return rate if isinstance(rate, float) and 0 <= rate < inf else None
 
     def product(self, h: Hyperparameters, of: ParamState | None = None) -> float:
@@ -254,27 +253,25 @@ class PortableState:
             ValueError: It was not kept, and a function gives the first moment's decay rate.
         """
         kept, step = (self.momentum_product, self.step) if of is None else (of.momentum_product, of.step)
-        if kept is not None:
-            return kept
-        if not step:
-            return 1.0
-        if callable(h.beta1):
-            name = h.spelling.get("beta1", "beta1")
-            raise ValueError(f"{name}: it is computed at each step, so the missing momentum product cannot be computed")
-        return momentum_product(step, h.beta1, h.momentum_decay)
+        return h.product_after(step) if kept is None else kept
 
-    def joint_second_moment(self) -> bool:
-        """Whether a complex parameter's two parts have one second moment, as in optax, rather than one each."""
-        return self.optimizer.startswith(("nadam.jax", "optax"))
+    def check_complex(self, here: Container[str], joint: bool) -> None:
+        """That the same parameters are complex as in an optimizer, and have second moments of its kind.
 
-    def check_complex(self, joint: bool) -> None:
-        """That complex parameters, if there are any, have second moments of the kind that an optimizer has."""
-        for name, state in self.params.items():
-            if state.exp_avg.dtype.kind == "c" and self.joint_second_moment() != joint:
-                raise ValueError(
-                    f"{name}: complex, and {self.optimizer} keeps {'one' if not joint else 'another'} second moment"
-                    f"{' for both parts' if not joint else ' for each part'}, which this optimizer does not"
-                )
+        Args:
+            here: Names of its complex parameters, and of complex ones among what is to be set to the values.
+            joint: Whether the two parts of one have one second moment, as in optax, rather than one each.
+        """
+        arrays = {name: state.exp_avg for name, state in self.params.items()}
+        for name, array in [*arrays.items(), *(self.values or {}).items()]:
+            if (array.dtype.kind == "c") != (name in here):
+                kinds = ("complex", "real") if name in here else ("real", "complex")
+                raise ValueError(f"{name}: expected {kinds[0]} numbers, the state has {kinds[1]} ones")
+        is_joint = self.optimizer.startswith(("nadam.jax", "optax"))
+        for name, array in arrays.items():
+            if array.dtype.kind == "c" and is_joint != joint:
+                moments = "one second moment for both parts" if is_joint else "a second moment for each part"
+                raise ValueError(f"{name}: complex, and {self.optimizer} keeps {moments}, which this one does not")
 
 
 def widened(array: Any) -> Array:

@@ -15,7 +15,7 @@ from nadam.core.portable_settings import by_decay, settings_of
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.fused_step import Fused
 from nadam.jax.state import is_ours, replaced, the_one
-from nadam.jax.trees import chosen
+from nadam.jax.trees import chosen, dtype_of
 
 Array = NDArray[Any]
 SLOTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "ema": "ema", "accumulator": "accumulator"}
@@ -90,7 +90,8 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
     values = None if params is None else {name: np.shape(leaf) for name, leaf in _leaves(params).items()}
     checked = h or Hyperparameters(use_ema=getattr(ours, "ema", None) is not None, momentum_decay=float("inf"))
     state.check_fits(shapes, checked, one_count=True, values=values)
-    state.check_complex(joint=True)
+    leaves = {**_leaves(params), **_leaves(ours.mu)}
+    state.check_complex({name for name, leaf in leaves.items() if dtype_of(leaf).kind == "c"}, joint=True)
     for settings, own in _groups(like, ours):
         state.check_settings(settings, own)
     fields: dict[str, Any] = {}
@@ -99,7 +100,7 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
         if kept is not None:
             given = {n: getattr(each, slot) for n, each in state.params.items()}
             fields[name] = _filled(kept, given, of_window=slot == "accumulator")
-    whole = min(state.step, LAST_COUNT // steps) * steps + state.position
+    whole = min(state.step * steps + state.position, LAST_COUNT)
     fields["count"] = _like(ours.count, whole)
     if hasattr(ours, "mu_product"):
         if h is None and state.momentum_product is None and state.step:

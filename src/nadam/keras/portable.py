@@ -34,12 +34,12 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
         TypeError: Another optimizer.
     """
     inner, scaling = _parts(optimizer)
-    _built(inner, "save")
+    trained = _trained(inner, None)
     h, calls = _hyper(inner), int(keras.ops.convert_to_numpy(inner._iterations))
     steps = h.gradient_accumulation_steps or 1
     updates, position, product = calls // steps, calls % steps, _product(inner)
     seen = _seen(inner, calls) if position else set()
-    paths = _paths(inner)
+    paths = _paths(trained)
     found = {}
     for i, path in enumerate(paths):
         variables = {slot: kept[i] for slot, name in SLOTS.items() if (kept := getattr(inner, name, None))}
@@ -55,7 +55,7 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
         momentum_product=product,
         position=position,
         skipped_steps=_skipped(inner),
-        groups=[settings_of(*each, adam=_is_adam(inner)) for each in by_decay(h, _decays(inner))],
+        groups=[settings_of(*each, adam=_is_adam(inner)) for each in by_decay(h, _decays(inner, trained))],
         loss_scale=None if scaling is None else _loss_scale(scaling),
         values=None if params is None else {path: _array(variable) for path, variable in _named(params).items()},
     )
@@ -64,19 +64,19 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
 def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> tuple[Any, Any]:
     """Put a state into an optimizer, and values into variables; all of it or, if anything is wrong with it, nothing."""
     inner, scaling = _parts(optimizer)
-    if params is not None and not optimizer.built:
-        listed = params.values() if isinstance(params, Mapping) else params
-        optimizer.build(list(getattr(params, "trainable_variables", listed)))
-    _built(inner, "load")
     h, named = _hyper(inner), {} if params is None else _named(params)
-    paths = _paths(inner)
-    shapes = dict(zip(paths, (tuple(variable.shape) for variable in inner._trainable_variables), strict=True))
+    trained = _trained(inner, params)
+    paths = _paths(trained)
+    shapes = dict(zip(paths, (tuple(variable.shape) for variable in trained), strict=True))
     values = None if params is None else {path: tuple(variable.shape) for path, variable in named.items()}
     state.check_fits(shapes, h, one_count=True, values=values, loss_scale=scaling is not None)
-    for settings, own in by_decay(h, _decays(inner)):
+    state.check_complex((), joint=False)
+    for settings, own in by_decay(h, _decays(inner, trained)):
         state.check_settings(settings, own, adam=_is_adam(inner))
     product, steps = state.product(h), h.gradient_accumulation_steps or 1
 
+    if not optimizer.built:
+        optimizer.build(trained)
     for path, variable in named.items():
         variable.assign(state.values[path])  # type: ignore[index]
     for i, path in enumerate(paths):
@@ -87,7 +87,7 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
                 continue
             array = None if given is None else getattr(given, slot)
             if array is None and (given is None or slot == "accumulator"):
-                array = _array(inner._trainable_variables[i]) if slot == "ema" else np.zeros(shapes[path])
+                array = _array(trained[i]) if slot == "ema" else np.zeros(shapes[path])
             kept[i].assign(array)
     calls = state.step * steps + state.position
     inner._iterations.assign(calls)
@@ -122,13 +122,15 @@ def _is_adam(inner: Optimizer) -> bool:
     return isinstance(inner, keras.optimizers.Adam)
 
 
-def _built(inner: Optimizer, what: str) -> None:
-    if not inner.built:
-        raise ValueError(
-            f"nadam.checkpoint.{what}: the optimizer is not built yet: call build(variables), or give params"
-        )
-    if isinstance(inner, Nadam):
-        backend.sync_counters(inner)
+def _trained(inner: Optimizer, params: Any) -> list[Any]:
+    """The variables that an optimizer trains; of one that is not built yet, those of a model, list or dict."""
+    if inner.built:
+        if isinstance(inner, Nadam):
+            backend.sync_counters(inner)
+        return list(inner._trainable_variables)
+    if params is None:
+        raise ValueError("nadam.checkpoint: the optimizer is not built yet: call build(variables), or load with params")
+    return list(getattr(params, "trainable_variables", params.values() if isinstance(params, Mapping) else params))
 
 
 def _hyper(inner: Optimizer) -> Hyperparameters:
@@ -151,16 +153,14 @@ def _hyper(inner: Optimizer) -> Hyperparameters:
     return h if not callable(h.lr) and np.float32(h.lr) == np.float32(now) else replace(h, lr=now)
 
 
-def _decays(inner: Optimizer) -> dict[str, bool]:
-    decays = [bool(inner._use_weight_decay(variable)) for variable in inner._trainable_variables]
-    return dict(zip(_paths(inner), decays, strict=True))
+def _decays(inner: Optimizer, trained: list[Any]) -> dict[str, bool]:
+    return dict(zip(_paths(trained), (bool(inner._use_weight_decay(each)) for each in trained), strict=True))
 
 
-def _paths(inner: Optimizer) -> list[str]:
-    """Names of the trained variables; of several that have one path, all but the first get their number."""
+def _paths(trained: list[Any]) -> list[str]:
+    """Names of variables; of several that have one path, all but the first get their number."""
     paths: dict[str, None] = {}
-    for i, variable in enumerate(inner._trainable_variables):
-        path = path_of(variable)
+    for i, path in enumerate(map(path_of, trained)):
         paths[path if path not in paths else f"{path} ({i})"] = None
     return list(paths)
 

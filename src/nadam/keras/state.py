@@ -12,7 +12,6 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from nadam.core.scalars import momentum_product
 from nadam.keras.slots import path_of
 
 Array = NDArray[Any]
@@ -154,7 +153,8 @@ def _matched(optimizer: Optimizer, read: list[Entry], wanted: list[Label]) -> li
             )
     elif without_product:
         # Keras's own inside a LossScaleOptimizer does not save its momentum product.
-        read.append(Entry(np.asarray(product_after(optimizer, int(read[0].array))), None, None, NADAM))
+        updates = int(read[0].array) // (optimizer.gradient_accumulation_steps or 1)
+        read.append(Entry(np.asarray(optimizer._hyper.product_after(updates)), None, None, NADAM))
     named = [entry.label for entry in read]
     if None not in named:
         have, want = (Counter(label.slot for label in those if label) for those in (named, wanted))
@@ -195,14 +195,6 @@ def _checked(label: Label, variable: Any, entry: Entry) -> Array:
     if values.size and not (low <= values.min() and values.max() <= high):
         raise ValueError(f"{label}: expected {low} <= values <= {high}")
     return array
-
-
-def product_after(optimizer: Optimizer, calls: int) -> float:
-    """The momentum product after a number of calls, where beta_1 has been what it is."""
-    h = optimizer._hyper
-    if callable(h.beta1):
-        raise ValueError("beta_1: it is computed at each step, so the missing momentum product cannot be computed")
-    return momentum_product(calls // (h.gradient_accumulation_steps or 1), h.beta1, h.momentum_decay)
 
 
 def _checksum(array: Array) -> int:

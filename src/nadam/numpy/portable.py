@@ -71,13 +71,13 @@ def _restore(optimizer: Nadam | LossScaleOptimizer, state: PortableState, params
         values=None if params is None else {name: array.shape for name, array in arrays.items()},
         loss_scale=scaling is not None,
     )
-    state.check_complex(joint=False)
+    trained = {entry.name: entry.array for entry in parameters.entries}
+    state.check_complex({name for name, array in {**arrays, **trained}.items() if np.iscomplexobj(array)}, joint=False)
     for settings, members in by_decay(h, _decays(parameters)):
         state.check_settings(settings, members)
     product = state.product(h)
-    own = {entry.name: entry.array for entry in parameters.entries}
     for name, array in arrays.items():
-        if array is not own.get(name, array):
+        if array is not trained.get(name, array):
             raise ValueError(f"params[{name!r}]: another array than the optimizer trains")
         if not array.flags.writeable:
             raise ValueError(f"params[{name!r}]: read-only")

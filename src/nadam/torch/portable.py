@@ -16,6 +16,7 @@ from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState
 from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
+from nadam.torch.buckets import extra_state
 from nadam.torch.fallback import joined, store
 from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
 from nadam.torch.sharding import is_sharded
@@ -107,15 +108,16 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
     """Put a state into an optimizer, and values into a model; all of it or, if anything is wrong with it, nothing."""
     kind, named = _kind(optimizer), _named(params)
     names = _names(optimizer.param_groups, named)
-    shapes = {
-        name: tuple(param.shape)
+    trained = {
+        name: param
         for group, own in zip(optimizer.param_groups, names, strict=True)
         for name, param in zip(own, group["params"], strict=True)
     }
+    shapes = {name: tuple(param.shape) for name, param in trained.items()}
     hyper = [_hyper(optimizer, kind, group) for group in optimizer.param_groups]
     values = None if params is None else {name: tuple(tensor.shape) for name, tensor in named.items()}
     state.check_fits(shapes, hyper[0], one_count=False, values=values)
-    state.check_complex(joint=False)
+    state.check_complex({name for name, each in {**named, **trained}.items() if each.is_complex()}, joint=False)
     for h, own in zip(hyper, names, strict=True):
         state.check_settings(h, own, adam=kind in ADAMS)
     ours = isinstance(optimizer, NAdam)
@@ -123,7 +125,9 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
         raise ValueError("amsgrad=True: expected False: there is no largest second moment in the state")
     if state.position and not ours:
         raise ValueError(f"position={state.position}: {kind} accumulates no gradients")
-    optimizer.load_state_dict(_to_state_dict(state, kind, optimizer.param_groups, hyper, names, ours))
+    # Settings of the whole optimizer say what else it keeps of a parameter, so those of one group do.
+    extras = {name: extra_state(each, hyper[0], optimizer._options) for name, each in trained.items()} if ours else None
+    optimizer.load_state_dict(_to_state_dict(state, kind, optimizer.param_groups, hyper, names, extras))
     if params is not None:
         with torch.no_grad():
             for name, tensor in named.items():
@@ -165,7 +169,7 @@ def to_state_dict(state: PortableState) -> dict[str, Any]:
         }
         for group, h in zip(given, hyper, strict=True)
     ]
-    return _to_state_dict(state, "NAdam", groups, hyper, [group["params"] for group in given], ours=False)
+    return _to_state_dict(state, "NAdam", groups, hyper, [group["params"] for group in given])
 
 
 def _to_state_dict(
@@ -174,43 +178,41 @@ def _to_state_dict(
     groups: Groups,
     hyper: Sequence[Hyperparameters],
     names: Names,
-    ours: bool,
+    extras: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """The ``state_dict`` of an optimizer with these groups; for ours, with what PyTorch's own do not keep."""
+    """The ``state_dict`` of an optimizer with these groups; for ours, with what it keeps besides of each parameter."""
     entries: dict[int, dict[str, Any]] = {}
     saved, index = [], 0
     for group, h, own in zip(groups, hyper, names, strict=True):
         for place, name in enumerate(own):
             given = state.params.get(name)
             if given is not None:
-                entries[index + place] = _entry(state, given, h, kind, ours)
+                entries[index + place] = _entry(state, given, h, kind, None if extras is None else extras[name])
         rate = state.learning_rate(own)
         shown = {key: value for key, value in group.items() if key != "params"}
         if rate is not None:
             shown["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
-        if ours and h.gradient_accumulation_steps is not None:
+        if extras is not None and h.gradient_accumulation_steps is not None:
             shown[POSITION] = state.position
-        if ours and h.skip_nonfinite:
+        if extras is not None and h.skip_nonfinite:
             shown[SKIPPED] = state.skipped_steps
         saved.append({**shown, "params": list(range(index, index + len(own)))})
         index += len(own)
     return {"state": entries, "param_groups": saved}
 
 
-def _entry(state: PortableState, given: ParamState, h: Hyperparameters, kind: str, ours: bool) -> dict[str, Any]:
-    dtype = torch.float64 if ours else torch.float32
+def _entry(
+    state: PortableState, given: ParamState, h: Hyperparameters, kind: str, extras: Sequence[str] | None
+) -> dict[str, Any]:
+    dtype = torch.float32 if extras is None else torch.float64
     made: dict[str, Any] = {"step": torch.tensor(given.step, dtype=dtype, device="cpu")}
-    if ours or kind == "NAdam":
+    if extras is not None or kind == "NAdam":
         made[PRODUCT] = torch.tensor(state.product(h, given), dtype=dtype, device="cpu")
-    kept = {"exp_avg", "exp_avg_sq"}
-    if ours:
-        kept |= {"ema"} if h.use_ema else set()
-        kept |= {"accumulator"} if h.gradient_accumulation_steps is not None else set()
-        if h.gradient_accumulation_steps is not None:
-            made["accumulated"] = torch.tensor(float(given.accumulated), dtype=torch.float64, device="cpu")
-        kept |= {"remainder"}
-    made |= {SLOTS[name]: torch.from_numpy(array.copy()) for name, array in given.arrays().items() if name in kept}
-    return made
+    kept = {"exp_avg", "exp_avg_sq", *(extras or ())}
+    if SLOTS["accumulator"] in kept:
+        made["accumulated"] = torch.tensor(float(given.accumulated), dtype=torch.float64, device="cpu")
+    arrays = {SLOTS[name]: array for name, array in given.arrays().items()}
+    return made | {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if name in kept}
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
