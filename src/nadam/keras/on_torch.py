@@ -38,7 +38,7 @@ class Call:
                     variable._value.data = variable._value.data.contiguous()
             state = [None if v is None else v._value for v in slot[:5]]
             averaged = slot.variable.constraint is None
-            rows.append(memory.Slot._make([slot.variable.path, *state, None, slot.decays, averaged]))
+            rows.append(memory.Slot._make([slot.variable.path, *state, None, None, None, slot.decays, averaged]))
         self.values = [row.param for row in rows]
         made = memory.TensorPlan(rows, grads, members)
         named = [(row.name, grad) for row, grad in zip(rows, grads, strict=True)]

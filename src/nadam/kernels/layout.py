@@ -9,8 +9,9 @@ CHUNK = 1 << 15  # elements; 128 KiB of float32: small enough to share out evenl
 
 # A row per tensor: addresses of its memory, and of the layouts of parameter and gradient (dimensions, or -1 for dense;
 # sizes; strides in bytes); then which of the call's tensors it is.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, REMAINDER, PARAM_LAYOUT, GRAD_LAYOUT, MEMBER = range(10)
-COLUMNS = 10
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, ACCUMULATOR, REMAINDER, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = range(9)
+PARAM_LAYOUT, GRAD_LAYOUT, MEMBER = range(9, 12)
+COLUMNS = 12
 # A row per chunk: which tensor, first element, number of elements.
 TENSOR, START, COUNT = range(3)
 CHUNK_COLUMNS = 3

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.compressed import check_state_options
 from nadam.core.config import Configured, hyperparameters
 from nadam.core.exclusive import Exclusive, loading
 from nadam.core.hyperparameters import BiasCorrection, current, is_schedule
@@ -53,6 +54,10 @@ class Nadam(Configured, Closed):
             nothing but ``last_step.skipped_steps``.
         track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
             them.
+        state_bits: 8 to keep both moments of each float16 or float32 array of at least 4,096 elements in a byte each,
+            with a byte more for each 32 (core/compressed.py), stochastically rounded; None for the dtype that is
+            computed in.
+        seed: Of that rounding, ``0 <= seed < 2**32``; it also depends on the step, so a resumed run goes on alike.
 
     Attributes:
         built: Whether the optimizer knows its arrays.
@@ -73,7 +78,7 @@ class Nadam(Configured, Closed):
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
 
-    _own = ("name",)
+    _own = ("name", "state_bits", "seed")
 
     @known_arguments(ValueError)
     def __init__(
@@ -97,8 +102,12 @@ class Nadam(Configured, Closed):
         bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
+        state_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
         self._hyper = hyperparameters(locals())
+        check_state_options(state_bits, seed)
+        self.state_bits, self.seed = state_bits, seed
         self.name = name
         self._last_step: StepReport | None = None
         self._parameters: Parameters | None = None
@@ -189,7 +198,14 @@ class Nadam(Configured, Closed):
             from numpy import ma  # noqa: F401
 
             from nadam.kernels.cpu import plan, pointers  # noqa: F401
-        return Parameters(variables, average=h.use_ema, accumulate=accumulate, exclusion=self._exclusion)
+        return Parameters(
+            variables,
+            average=h.use_ema,
+            accumulate=accumulate,
+            exclusion=self._exclusion,
+            state_bits=self.state_bits,
+            seed=self.seed,
+        )
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[NDArray[Any]] | None = None, var_names: Iterable[str] | None = None

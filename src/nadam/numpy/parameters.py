@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.compressed import is_compressed, num_scales
 from nadam.core.config import warn_of_unused
 from nadam.core.counters import Counters
 from nadam.core.dtypes import COMPUTE_DTYPE
@@ -66,7 +67,14 @@ class Parameters:
     _held: Collection[Array] = ()  # what it holds now
 
     def __init__(
-        self, variables: Any, *, average: bool = False, accumulate: bool = False, exclusion: Exclusion | None = None
+        self,
+        variables: Any,
+        *,
+        average: bool = False,
+        accumulate: bool = False,
+        exclusion: Exclusion | None = None,
+        state_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.named = isinstance(variables, Mapping)
         arrays = _checked(variables)
@@ -75,14 +83,17 @@ class Parameters:
         self.entries: list[Parameter] = []
         for name, array in arrays.items():
             dtype = np.dtype(COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name))
-            zeros = [_zeros(array, dtype, place) for place in range(1, 3 + accumulate)]
+            small = state_bits == 8 and is_compressed(array.size, dtype.name)
+            kinds = (np.dtype(np.int8), np.dtype(np.uint8)) if small else (dtype, dtype)
+            first, second = (_zeros(array, kind, place) for place, kind in enumerate(kinds, 1))
+            accumulator = _zeros(array, dtype, 3) if accumulate else None
             ema = _zeros(array, dtype, 4) if average else None
             if ema is not None:
                 ema[...] = array
             decays = exclusion is None or not exclusion.covers(name, array)
-            self.entries.append(
-                Parameter(name, array, zeros[0], zeros[1], ema, zeros[2] if accumulate else None, decays)
-            )
+            scales = [np.zeros(num_scales(array.size), np.uint8) if small else None for _ in kinds]
+            self.entries.append(Parameter(name, array, first, second, ema, accumulator, decays, *scales))
+        self.seed = seed
         self.counters = Counters(len(self.entries))
         self._index()
         if isinstance(variables, (list, dict)):
@@ -97,7 +108,7 @@ class Parameters:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what holds addresses and identities, which are another copy's."""
-        return {"named": self.named, "entries": self.entries, "counters": self.counters}
+        return {name: getattr(self, name) for name in ("named", "entries", "counters", "seed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -142,7 +153,7 @@ class Parameters:
         key = members.tobytes()
         known = self._plans.get(key)
         if known is None or not known.fits(arrays):
-            known = CachedPlan([self.entries[i] for i in members], arrays, labels, members)
+            known = CachedPlan([self.entries[i] for i in members], arrays, labels, members, self.seed)
             if known.reusable:
                 if len(self._plans) >= PLANS_KEPT:
                     self._plans.clear()

@@ -27,6 +27,9 @@ FORMATS = {
 }
 
 
+SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "exp_avg_scale", "exp_avg_sq_scale")
+
+
 @dataclass
 class Parameter:
     """One array and its state. The state lies dense in memory, in the array's own axis order."""
@@ -38,11 +41,13 @@ class Parameter:
     ema: Array | None
     accumulator: Array | None
     decays: bool
+    exp_avg_scale: Array | None = None  # of moments of 8 bits (core/compressed.py)
+    exp_avg_sq_scale: Array | None = None
 
     @property
     def state(self) -> dict[str, Array]:
         """The state arrays by name, those that there are."""
-        arrays = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "ema", "accumulator")}
+        arrays = {name: getattr(self, name) for name in SLOTS}
         return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -50,7 +55,12 @@ class CachedPlan:
     """A plan, and what tells whether it fits other gradients."""
 
     def __init__(
-        self, entries: Sequence[Parameter], grads: Sequence[Any], labels: Sequence[object], members: NDArray[np.int64]
+        self,
+        entries: Sequence[Parameter],
+        grads: Sequence[Any],
+        labels: Sequence[object],
+        members: NDArray[np.int64],
+        seed: int = 0,
     ) -> None:
         from nadam.kernels.cpu.group import TensorMemory
         from nadam.kernels.cpu.plan import KernelPlan
@@ -67,9 +77,9 @@ class CachedPlan:
         tensors = []
         for e, grad in zip(entries, arrays, strict=True):
             formats = FORMATS[e.array.dtype.name], FORMATS[grad.dtype.name]
-            state = (e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator)
-            tensors.append(TensorMemory._make([*formats, e.array, grad, *state, e.decays, True, None, False]))
-        self.plan = KernelPlan(tensors, members, keep=(entries, arrays))
+            state = e.exp_avg, e.exp_avg_sq, e.ema, e.accumulator, None, e.exp_avg_scale, e.exp_avg_sq_scale
+            tensors.append(TensorMemory._make([*formats, e.array, grad, *state, e.decays, True]))
+        self.plan = KernelPlan(tensors, members, seed, keep=(entries, arrays))
         # Only what the kernels use in place can be swapped for another array that lies alike.
         self.reusable = arrays_readable() and all(a is g for a, g in zip(arrays, grads, strict=True))
         self._pointers: Pointers | None = None
@@ -92,8 +102,9 @@ class CachedPlan:
 def _check_unchanged(entry: Parameter) -> None:
     """That nobody has resized, retyped or frozen an array since the optimizer was built."""
     where, array, state = f"variables[{entry.name!r}]", entry.array, entry.exp_avg
-    if array.shape != state.shape or COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name) != state.dtype.name:
-        built = f"shape {state.shape} and state of {state.dtype}"
+    kept = state.dtype.name if entry.exp_avg_scale is None else "float32"  # what 8 bits are computed in
+    if array.shape != state.shape or COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name) != kept:
+        built = f"shape {state.shape} and state of {kept}"
         raise ValueError(f"{where}: shape {array.shape} and dtype {array.dtype}, but was built with {built}")
     check_memory(where, array)
 

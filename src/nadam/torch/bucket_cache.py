@@ -165,7 +165,10 @@ class BucketCache:
         for name, param, *_ in rows:
             if overlap(param.shape, [stride * param.itemsize for stride in param.stride()], param.itemsize):
                 raise ValueError(f"{name}: its elements share memory, as in one that was expanded")
-        parts.warn_once(bucket.shares[0].device.type)
+        device = bucket.shares[0].device.type
+        if self._options.needs_kernel is not None:
+            raise RuntimeError(f"{self._options.needs_kernel}: there is no kernel for parameters on {device!r}")
+        parts.warn_once(device)
         bucket.plan = FallbackPlan([Row(*row) for _, *row in rows], members, self._options.seed)
 
     def _prepare_watch(self, written: Sequence[Array], counters: Sequence[Tensor], held: Held) -> None:

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nadam.core.compressed import check_state_options, is_compressed, num_scales
 from nadam.core.gradient import Check, largest_passing
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.strides import LARGE, SHIFT
+from nadam.torch.compressed import SCALES, convert
 from nadam.torch.memory import FORMATS
 from nadam.torch.sharding import is_sharded, local, local_gradient
 
@@ -23,6 +25,7 @@ Groups = Sequence[dict[str, Any]]
 # dtype of moments, average and accumulator, by the parameter's, where it is another.
 STATE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 PLACES = {"exp_avg": 1, "exp_avg_sq": 2, "ema": 3, "grad_accumulator": 4, "remainder": 5}
+PLACES |= dict.fromkeys(SCALES.values(), 0)
 # In the order of `Counters.own`: with accumulation, whether there is a gradient in this window; updates; momentum
 # product.
 COUNTERS = ("accumulated", "step", "mu_product")
@@ -34,24 +37,47 @@ _warned: set[str] = set()
 class StateOptions(NamedTuple):
     """How state is kept."""
 
-    remainder: bool  # beside bfloat16 parameters
+    remainder: bool | int  # bits beside bfloat16 parameters, 8 or 16, which is also True
     exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it so, stochastically rounded, else as wide as is computed in
     seed: int
+    state_bits: int | None = None  # 8 for moments of 8 bits, stochastically rounded
 
     def checked(self) -> StateOptions:
         """These, if they are in their ranges."""
-        seed, dtype = self.seed, self.exp_avg_dtype
+        dtype = self.exp_avg_dtype
         if dtype not in (None, torch.bfloat16):
             raise ValueError(f"exp_avg_dtype={dtype}: expected torch.bfloat16 or None")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
+        if self.remainder not in (False, True, 8, 16):
+            raise ValueError(f"remainder={self.remainder!r}: expected 8, 16, True for 16 or False")
+        check_state_options(self.state_bits, self.seed)
+        if dtype is not None and self.state_bits is not None:
+            raise ValueError(f"exp_avg_dtype={dtype}: expected None with state_bits={self.state_bits}")
         return self
+
+    @property
+    def remainder_dtype(self) -> torch.dtype:
+        """The dtype of the remainders."""
+        return torch.int8 if self.remainder == 8 else torch.int16
+
+    @property
+    def needs_kernel(self) -> str | None:
+        """What of these only the kernels can do; None where PyTorch's own operations do as well."""
+        if self.state_bits is not None:
+            return f"state_bits={self.state_bits}"
+        return "remainder=8" if self.remainder == 8 else None
+
+    def compresses(self, param: Tensor) -> bool:
+        """Whether a parameter's moments are kept in 8 bits."""
+        wide = STATE_DTYPES.get(param.dtype, param.dtype)
+        return self.state_bits == 8 and is_compressed(param.numel(), str(wide)[6:])
 
     def dtype(self, name: str, param: Tensor) -> torch.dtype:
         """The dtype of a parameter's state of this name."""
         wide = STATE_DTYPES.get(param.dtype, param.dtype)
         if name == "remainder":
-            return torch.int16
+            return self.remainder_dtype
+        if name in SCALES and self.compresses(param):
+            return torch.int8 if name == "exp_avg" else torch.uint8
         rounded = name == "exp_avg" and self.exp_avg_dtype is not None and wide == torch.float32
         return torch.bfloat16 if rounded else wide
 
@@ -94,9 +120,11 @@ class ParamBucket:
         return [(name, tensor) for name, tensors in named for tensor in tensors if tensor is not None]
 
 
-def check_trainable(params: Sequence[Tensor]) -> None:
-    """That parameters are of numbers that can be trained."""
+def check_trainable(params: Sequence[Tensor], options: StateOptions) -> None:
+    """That parameters are of numbers that can be trained, and their state can be kept as is asked for."""
     for i, param in enumerate(params):
+        if options.state_bits is not None and is_sharded(param):
+            raise TypeError(f"params[{i}]: a DTensor, expected whole parameters with state_bits={options.state_bits}")
         if param.dtype not in TRAINABLE:
             raise TypeError(
                 f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"
@@ -157,7 +185,10 @@ def new_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> State
     if h.gradient_accumulation_steps is not None:
         state["accumulated"] = torch.zeros((), dtype=torch.float64, device="cpu")
     for name in ("exp_avg", "exp_avg_sq", *extra_state(param, h, options)):
-        state[name] = zeros_beside(param, PLACES[name], options.dtype(name, param))
+        if name in SCALES.values():
+            state[name] = torch.zeros(num_scales(param.numel()), dtype=torch.uint8, device=param.device)
+        else:
+            state[name] = zeros_beside(param, PLACES[name], options.dtype(name, param))
     if h.use_ema:
         state["ema"].copy_(param.detach())
     return state
@@ -169,6 +200,7 @@ def extra_state(param: Tensor, h: Hyperparameters, options: StateOptions) -> lis
         "ema": h.use_ema,
         "grad_accumulator": h.gradient_accumulation_steps is not None,
         "remainder": options.remainder and param.dtype == torch.bfloat16,
+        **dict.fromkeys(SCALES.values(), options.compresses(param)),
     }
     return [name for name, there in wanted.items() if there]
 
@@ -178,10 +210,11 @@ def cast_state(param: Tensor, state: State, options: StateOptions) -> None:
     if is_sharded(param):
         state.update({name: state[name].to(options.dtype(name, param)) for name in PLACES if name in state})
         return
+    convert(state, options.compresses(param), options.remainder_dtype)
     strides = torch.empty_like(param.detach(), memory_format=torch.preserve_format, device="meta").stride()
     for name, place in PLACES.items():
         tensor = state.get(name)
-        if tensor is None:
+        if tensor is None or name in SCALES.values():
             continue
         if tensor.shape != param.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but its parameter has {tuple(param.shape)}")

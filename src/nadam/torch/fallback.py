@@ -175,17 +175,20 @@ def joined(param: Tensor, state: dict[str, Tensor]) -> Tensor:
         return wide
     # As a signed number: a remainder of half a unit or more stands for a bfloat16 that was rounded up.
     upper = param.view(torch.int16).to(torch.int32) << 16
-    return (upper + rest.to(torch.int32)).view(torch.float32)
+    return (upper + (rest.to(torch.int32) << 16 - 8 * rest.itemsize)).view(torch.float32)
 
 
 def store(param: Tensor, state: dict[str, Tensor], value: Tensor) -> None:
-    """Set a parameter, and its remainder."""
+    """Set a parameter, and its remainder; one of 8 bits is rounded to nearest."""
     rest = state.get("remainder")
     if rest is None:
         param.copy_(value)
         return
     bits, nan = value.view(torch.int32), value.isnan()
-    rest.copy_(torch.where(nan, 0, bits & 0xFFFF).to(torch.int16))
+    if rest.dtype == torch.int8:
+        bits = bits + 0x80
+    lower = (bits & 0xFFFF) >> 16 - 8 * rest.itemsize
+    rest.copy_(torch.where(nan, 0, lower).to(rest.dtype))
     param.copy_(torch.where(nan, 0x7FC0, (bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16))
 
 

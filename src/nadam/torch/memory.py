@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nadam.core.dtypes import SPLIT
+from nadam.core.dtypes import SPLIT, SPLIT8
 from nadam.kernels.cpu.group import TensorMemory
 from nadam.kernels.cpu.plan import KernelPlan
 from nadam.kernels.cpu.pointers import Held, Look, Pointers, tensor_wanted, tensor_words
@@ -32,7 +32,9 @@ class Slot(NamedTuple):
     exp_avg_sq: torch.Tensor
     ema: torch.Tensor | None
     accumulator: torch.Tensor | None
-    remainder: torch.Tensor | None  # int16: with the bfloat16 parameter the two halves of a float32
+    remainder: torch.Tensor | None  # int16: with the bfloat16 parameter the two halves of a float32; or its upper int8
+    exp_avg_scale: torch.Tensor | None  # of moments of 8 bits, like the next
+    exp_avg_sq_scale: torch.Tensor | None
     decays: bool
     averaged: bool  # by the pass, or by the host after it
 
@@ -45,6 +47,13 @@ def shifted(tensor: torch.Tensor, place: int) -> torch.Tensor:
     return torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view(tensor.shape).copy_(tensor)
 
 
+def param_format(param: torch.Tensor, remainder: torch.Tensor | None) -> str:
+    """The number format of a parameter, with its remainder."""
+    if remainder is None:
+        return _ALL_FORMATS[param.dtype]
+    return SPLIT if remainder.dtype == torch.int16 else SPLIT8
+
+
 class TensorPlan:
     """The kernel's plan for some slots and their gradients, and these themselves."""
 
@@ -55,12 +64,11 @@ class TensorPlan:
                 shapes = f"shape {tuple(grad.shape)}, expected that of its variable, {tuple(slot.param.shape)}"
                 raise ValueError(f"grads[{slot.name!r}]: {shapes}")
             param = footprint(real(slot.param))
-            *state, rest = (None if tensor is None else footprint(real(tensor)) for tensor in slot[2:7])
+            state = [None if tensor is None else footprint(real(tensor)) for tensor in slot[2:9]]
             if overlaps_itself(param):
                 raise ValueError(f"{slot.name}: elements of the variable share memory, as in one that was expanded")
-            formats = _ALL_FORMATS[slot.param.dtype] if rest is None else SPLIT, _ALL_FORMATS[grad.dtype]
-            rounded = slot.exp_avg.dtype == torch.bfloat16
-            fields = [*formats, param, footprint(real(grad)), *state, slot.decays, slot.averaged, rest, rounded]
+            formats = param_format(slot.param, slot.remainder), _ALL_FORMATS[grad.dtype]
+            fields = [*formats, param, footprint(real(grad)), *state, slot.decays, slot.averaged]
             tensors.append(TensorMemory._make(fields))
         self.slots, self.grads = slots, grads
         options = {"fuses": True, "keep": list(slots), "default_threads": torch.get_num_threads}
@@ -84,7 +92,7 @@ def check_apart(written: Named, grads: Named) -> list[Array]:
 
 def named(slots: Sequence[Slot]) -> Named:
     """The tensors of some slots, as `check_apart` takes them."""
-    return [(slot.name, tensor) for slot in slots for tensor in slot[1:7] if tensor is not None]
+    return [(slot.name, tensor) for slot in slots for tensor in slot[1:9] if tensor is not None]
 
 
 def watch(

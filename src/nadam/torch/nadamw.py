@@ -49,9 +49,10 @@ class NAdamW(NAdam):
         gradient_accumulation_steps: An update every so many calls of `step`.
         skip_nonfinite: Whether a step whose gradients are not finite changes nothing.
         track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping.
-        remainder: Whether to keep the 16 bits by which a bfloat16 parameter differs from a float32 one.
+        remainder: 16, or True, or 8: how many of the bits by which bfloat16 parameters differ from float32 are kept.
         exp_avg_dtype: torch.bfloat16 to keep first moments in two bytes.
-        seed: Of their stochastic rounding.
+        seed: Of stochastic rounding.
+        state_bits: 8 to keep both moments of large parameters in a byte each.
 
     Raises:
         ValueError: A value out of its range, two clips, or what is refused; it is named, with what is allowed.
@@ -95,9 +96,10 @@ class NAdamW(NAdam):
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
-        remainder: bool = False,
+        remainder: bool | int = False,
         exp_avg_dtype: dtype | None = None,
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
         _check_supported(locals())
         super().__init__(
@@ -124,6 +126,7 @@ class NAdamW(NAdam):
             remainder=remainder,
             exp_avg_dtype=exp_avg_dtype,
             seed=seed,
+            state_bits=state_bits,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -66,11 +66,13 @@ class NAdam(Optimizer):  # type: ignore[misc]
             nothing but ``last_step.skipped_steps``.
         track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
             them.
-        remainder: Whether to keep, beside each bfloat16 parameter, the 16 bits by which it differs from a float32 one:
-            it then moves as a float32 parameter would.
+        remainder: 16, or True, to keep beside each bfloat16 parameter the bits by which it differs from a float32 one:
+            it then moves as that would. 8 to keep the upper half of them, stochastically rounded.
         exp_avg_dtype: torch.bfloat16 to keep the first moments of all but float64 and complex parameters in two bytes,
             rounded stochastically, so that small changes add up; None for the dtype that is computed in.
-        seed: Of that rounding, ``0 <= seed < 2**32``; it also depends on the step, so a resumed run goes on alike.
+        seed: Of stochastic rounding, ``0 <= seed < 2**32``; it also depends on the step: a resumed run goes on alike.
+        state_bits: 8 to keep both moments of each float16, bfloat16 or float32 parameter of at least 4,096 elements in
+            a byte each, stochastically rounded, with a byte more for every 32 of them; on CPUs, or by Triton.
 
     Raises:
         ValueError: A value out of its range, or two clips; it is named, with what is allowed.
@@ -117,19 +119,21 @@ class NAdam(Optimizer):  # type: ignore[misc]
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
         bias_correction: BiasCorrection = "nadam",
-        remainder: bool = False,
+        remainder: bool | int = False,
         exp_avg_dtype: torch.dtype | None = None,
         seed: int = 0,
+        state_bits: int | None = None,
     ) -> None:
         given = locals()
         self._extras = {name: given[name] for name in settings.EXTRAS}
-        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed).checked()
+        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed, state_bits).checked()
         self._exclusive = Exclusive()
         self._forget()
         defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
-        if differentiable and any(self._extras[name] for name in settings.KERNELS_ONLY):
-            raise ValueError("differentiable=True: expected none of " + ", ".join(settings.KERNELS_ONLY))
+        if differentiable and (self._options.needs_kernel or any(self._extras[n] for n in settings.KERNELS_ONLY)):
+            names = ", ".join((*settings.KERNELS_ONLY, "state_bits", "remainder=8"))
+            raise ValueError(f"differentiable=True: expected none of {names}")
         super().__init__(mistakes.listed(params), defaults)
 
     def _forget(self) -> None:
@@ -184,7 +188,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         super().add_param_group(param_group)
         try:
             settings.checked(self.param_groups[-1], self._extras)
-            buckets.check_trainable(self.param_groups[-1]["params"])
+            buckets.check_trainable(self.param_groups[-1]["params"], self._options)
         except BaseException:
             self.param_groups.pop()
             raise

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nadam.core.compressed import num_scales
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.scalars import momentum_product
 from nadam.torch.buckets import STATE_DTYPES, StateOptions, extra_state, new_state
+from nadam.torch.compressed import SCALES, convert
 from nadam.torch.mistakes import check_owner
 from nadam.torch.sharding import is_sharded, local
 
 # What a checkpoint of torch.optim.NAdam has of each parameter, and of Adam.
 NADAM, ADAM = ("step", "mu_product", "exp_avg", "exp_avg_sq"), ("step", "exp_avg", "exp_avg_sq")
 SCALARS = {"step", "mu_product", "accumulated"}
-OURS = {"ema", "grad_accumulator", "remainder", "accumulated"}
+OURS = {"ema", "grad_accumulator", "remainder", "accumulated", *SCALES.values()}
 
 
 class Kept:
@@ -109,6 +111,8 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
             kept[name] = value
             continue
         shape = torch.Size() if name in SCALARS else param.shape
+        if name in SCALES.values():
+            shape = torch.Size([num_scales(param.numel())])
         tensor = _tensor(f"{where}[{name!r}]", value)
         if name in SCALARS and tensor.numel() == 1:
             tensor = tensor.reshape(())
@@ -118,6 +122,7 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
             raise ValueError(f"{where}[{name!r}]: it holds NaN or infinity")
         kept[name] = Kept(_placed(name, tensor, param))
     _check_ranges(where, kept)
+    _check_codes(where, kept)
     return kept
 
 
@@ -138,13 +143,29 @@ def _check_ranges(where: str, entry: dict[str, Any]) -> None:
         raise ValueError(f"{where}['exp_avg_sq']: it holds a negative number")
 
 
+def _check_codes(where: str, entry: dict[str, Any]) -> None:
+    """That moments are codes where there are scales, and only there."""
+    there = [name for name in SCALES.values() if name in entry]
+    found = {name: entry[name].tensor.dtype for name in SCALES if name in entry}
+    codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    if there and (len(there) < len(SCALES) or found != codes):
+        raise ValueError(f"{where}: {there} with moments of {found}, expected scales of both and codes of {codes}")
+    if not there and not all(dtype.is_floating_point or dtype.is_complex for dtype in found.values()):
+        raise ValueError(f"{where}: moments of {found} without their scales")
+    rest = entry.get("remainder")
+    if rest is not None and rest.tensor.dtype not in (torch.int8, torch.int16):
+        raise ValueError(f"{where}['remainder']: {rest.tensor.dtype}, expected torch.int16 or torch.int8")
+
+
 def _placed(name: str, tensor: Tensor, param: Tensor) -> Tensor:
     """A copy on the parameter's device, in a dtype not narrower than it has."""
     if name in SCALARS:
         return tensor.detach().to(torch.float64).clone()
     wide = STATE_DTYPES.get(param.dtype, torch.promote_types(tensor.dtype, param.dtype))
-    if name == "remainder":
-        wide = torch.int16
+    if tensor.dtype in (torch.int8, torch.uint8, torch.int16) and name not in ("ema", "grad_accumulator"):
+        wide = tensor.dtype  # remainders and codes
+    if name in SCALES.values():
+        return tensor.detach().to(param.device, torch.uint8, copy=True)
     if is_sharded(param):
         return tensor.detach().to(wide)
     kept = torch.empty_like(param.detach(), dtype=wide, memory_format=torch.preserve_format)
@@ -159,5 +180,7 @@ def complete(state: Mapping[Any, Any], extras: Mapping[str, Any], options: State
         for name in SCALARS & entry.keys():
             value = entry[name]
             entry[name] = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(torch.float64)
+        if "exp_avg" in entry and not is_sharded(param):
+            convert(entry, options.compresses(param), options.remainder_dtype)
         if entry and not entry.keys() >= set(extra_state(param, h, options)):
             entry.update({**new_state(param, h, options), **entry})

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import float32, float64, njit, types, uint16, uint32
+from numba import float32, float64, njit, types, uint8, uint16, uint32
 from numba.extending import intrinsic
 
-from nadam.core.dtypes import SPLIT
+from nadam.core.dtypes import SPLIT, SPLIT8
 
 _SMALLEST_NORMAL_HALF = 2.0**-14
 
@@ -35,6 +35,12 @@ def choose(typing: Any, condition: Any, this: Any, that: Any) -> Any:
     return bits(types.boolean, bits, bits), lambda context, b, sig, args: b.select(
         context.cast(b, args[0], types.boolean, types.boolean), args[1], args[2]
     )
+
+
+@intrinsic
+def sign_extended(typing: Any, bits: Any) -> Any:
+    """16 bits as a signed number of 32."""
+    return types.uint32(types.uint16), lambda context, b, sig, args: b.sext(args[0], ir.IntType(32))
 
 
 # Numba makes the sum of two uint32 a uint64, hence a uint32() around each step below.
@@ -90,25 +96,30 @@ def narrow_bfloat16_stochastic(value, bits32):
 
 
 @njit(inline="always")
-def narrow_bfloat16_split(value):
-    """float32 -> bfloat16 bits, to nearest, halves away from zero: what is missing then fits into 16 signed bits."""
-    bits = bits_of_float(value)
-    rounded = uint32(bits + uint32(0x8000))
-    return uint16(uint32(choose(value != value, uint32(0x7FC00000), rounded) >> uint32(16)))
+def split_bfloat16(value, noise):
+    """float32 -> bfloat16 to nearest, halves away from zero, and what it lacks, which then fits into 16 signed bits."""
+    bits = choose(value != value, uint32(0x7FC00000), bits_of_float(value))
+    return uint16(uint32(bits + uint32(0x8000)) >> uint32(16)), uint16(uint32(bits & uint32(0xFFFF)))
 
 
 @njit(inline="always")
-def rest_of_bfloat16(value, half):
-    """The 16 bits by which `join_bfloat16` gets the float32 back from its bfloat16."""
-    return uint16(uint32(choose(value != value, uint32(0), bits_of_float(value)) & uint32(0xFFFF)))
+def split_8_bits(value, noise):
+    """The same with 8 bits, after the value was rounded to 24, without bias, by the upper 8 of the noise."""
+    rounded = uint32(bits_of_float(value) + uint32(uint32(noise) >> uint32(24)))
+    bits = choose(value != value, uint32(0x7FC00000), rounded)
+    return uint16(uint32(bits + uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
 
 
 @njit(inline="always")
 def join_bfloat16(half, rest):
-    """The float32 that was split: half a unit of the bfloat16 or more in the rest means that it was rounded up."""
-    upper = uint32(uint32(half) << uint32(16))
-    carried = uint32(uint32(rest) >> uint32(15))
-    return float_from_bits(uint32(uint32(upper - uint32(carried << uint32(16))) | uint32(rest)))
+    """The float32 that was split: the rest is a signed number."""
+    return float_from_bits(uint32(uint32(uint32(half) << uint32(16)) + sign_extended(uint16(rest))))
+
+
+@njit(inline="always")
+def join_8_bits(half, rest):
+    """The same of a rest of 8 bits."""
+    return join_bfloat16(half, uint16(uint16(rest) << uint16(8)))
 
 
 @njit(inline="always")
@@ -160,8 +171,24 @@ class Format(NamedTuple):
 FORMATS = {
     "float16": Format(types.uint16, 2, widen_float16, narrow_float16),
     "bfloat16": Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
-    SPLIT: Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16_split),
+    SPLIT: Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
+    SPLIT8: Format(types.uint16, 2, widen_bfloat16, narrow_bfloat16),
     "float32": Format(types.float32, 4, to_float32, to_float32),
     "float64": Format(types.float64, 8, to_float64, to_float64),
 }
 CASTS = {"float32": to_float32, "float64": to_float64}
+
+
+class Remainder(NamedTuple):
+    """How what a bfloat16 parameter lacks lies in memory, and how the two are joined."""
+
+    storage: Any  # Numba type of one element in memory
+    width: int  # bytes
+    join: Callable[..., Any]  # (parameter, remainder) -> value
+    split: Callable[..., Any]  # (value, 32 bits of noise) -> (parameter, remainder)
+
+
+REMAINDERS = {
+    SPLIT: Remainder(types.uint16, 2, join_bfloat16, split_bfloat16),
+    SPLIT8: Remainder(types.uint8, 1, join_8_bits, split_8_bits),
+}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.counters import CounterBuffers
-from nadam.core.dtypes import COMPUTE_DTYPE, LARGEST, SMALLEST_NORMAL
+from nadam.core.dtypes import COMPRESSED, COMPUTE_DTYPE, HALF, LARGEST, SMALLEST_NORMAL, SPLIT8, WIDE
 from nadam.core.element import Flags
 from nadam.core.scalars import Scalars, clamp_eps
 from nadam.kernels import layout as at
@@ -33,15 +33,23 @@ class TensorMemory(NamedTuple):
     exp_avg_sq: Array
     ema: Array | None
     accumulator: Array | None
+    remainder: Array | None  # of a parameter that is SPLIT
+    exp_avg_scale: Array | None  # of moments that are COMPRESSED
+    exp_avg_sq_scale: Array | None
     decays: bool
     averaged: bool = True  # whether the pass keeps the moving average, or the host does after it
-    remainder: Array | None = None  # of a parameter that is SPLIT
-    rounded: bool = False  # whether the first moment is bfloat16
 
     @property
-    def kind(self) -> tuple[str, str, bool, bool]:
+    def kept(self) -> str:
+        """How the moments are kept."""
+        if self.exp_avg_scale is not None:
+            return COMPRESSED
+        return HALF if self.exp_avg.itemsize < self.exp_avg_sq.itemsize else WIDE
+
+    @property
+    def kind(self) -> tuple[str, str, bool, str]:
         """What the tensors of a group have in common."""
-        return self.param_format, self.grad_format, self.averaged, self.rounded
+        return self.param_format, self.grad_format, self.averaged, self.kept
 
 
 class TensorGroup:
@@ -59,7 +67,8 @@ class TensorGroup:
         keep: Any = None,
         default_threads: Callable[[], int] | None = None,
     ) -> None:
-        param_format, grad_format, self.averaged, self.rounded = tensors[0].kind
+        param_format, grad_format, self.averaged, self.kept = tensors[0].kind
+        self.rounds = self.kept != WIDE or param_format == SPLIT8  # stochastically
         self.members, self.decays = np.array(members, np.int64), np.array([float(tensor.decays) for tensor in tensors])
         self.rows, self.sizes, layouts = _descriptors(tensors, members)
         self.keep = keep, layouts
@@ -77,7 +86,7 @@ class TensorGroup:
         self._totals, self._outside = np.zeros(len(self.chunks)), np.zeros(len(self.chunks), np.int64)
         self._control = np.zeros(2, np.int64)
         self.shared = self._control.data  # the same, faster to read
-        self.keys = np.zeros(n, np.uint32)  # of the first moments' stochastic rounding, new at every step
+        self.keys = np.zeros(n, np.uint32)  # of the stochastic rounding, new at every step
         self._blocks = {
             "one_pass": self._block(self._factors, self._decays, self._scalars, self.keys),
             "accumulate": self._block(self._bounds),
@@ -151,7 +160,7 @@ class TensorGroup:
         """The one pass, after `set_multipliers`."""
         s = s._replace(eps=clamp_eps(s.eps, s.eps, self.smallest))
         self._pack_scalars.pack_into(self._scalars.data, 0, *s)  # five times as fast as NumPy's assignment
-        self._run("one_pass", buffers, *flags, self.rounded)
+        self._run("one_pass", buffers, *flags, self.kept)
 
 
 def _descriptors(
@@ -164,8 +173,7 @@ def _descriptors(
     for row, tensor, member in zip(rows, tensors, members, strict=True):
         order = axis_order(tensor.exp_avg)
         own = layout(tensor.param, order), layout(tensor.grad, order)
-        state = tensor.exp_avg, tensor.exp_avg_sq, tensor.ema, tensor.accumulator, tensor.remainder
-        arrays = (tensor.param, tensor.grad, *state, *own)
+        arrays = *tensor[2:11], *own  # in the order of the row
         row[:] = *(0 if array is None else address(array) for array in arrays), member
         layouts += own
         sizes.append(tensor.param.size * (2 if tensor.param.dtype.kind == "c" else 1))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.counters import CounterBuffers
-from nadam.core.dtypes import SHRINK
+from nadam.core.dtypes import SHRINK, WIDE
 from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.scalars import Scalars, Settings
@@ -100,7 +100,7 @@ class FusedStep:
         self.forget()
         self._group.forget_multipliers()
         h, now, counters, _ = bucket
-        self._pass, self._arguments = self._group.ready("one_pass", counters.buffers, *h.flags, False)
+        self._pass, self._arguments = self._group.ready("one_pass", counters.buffers, *h.flags, WIDE)
         words = self._updated
         words[PASS], words[ARGUMENTS], words[SHOWN] = self._pass.address, self._arguments, counters.shown
         settings = h.settings(now)
@@ -134,7 +134,7 @@ class KernelPlan:
         if len(self.groups) != 1 or not machine_code.mathematical_functions():
             return False
         group = self.groups[0]
-        return bool(group.averaged and len(group.chunks) and not group.rounded)
+        return bool(group.averaged and len(group.chunks) and not group.rounds)
 
     def gradient_cells(self) -> list[int]:
         """Where the descriptors keep the address of each gradient, in the order of the call."""
@@ -193,7 +193,7 @@ class KernelPlan:
         if self._fused is not None:
             self._fused.forget()
         for group in self.groups:
-            if group.rounded:
+            if group.rounds:
                 group.keys[:] = keys(self.seed, step, self.members[group.members])
             same = isinstance(grad_factors, float)
             group.set_multipliers(grad_factors if same else np.take(grad_factors, group.members).tolist(), s.decay)

@@ -1,0 +1,140 @@
+"""Moments of 8 bits in memory, for Numba: how codes are widened and narrowed.
+
+The twin of core/compressed.py, which says what the codes are.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types, uint8, uint32
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from nadam.core.compressed import BLOCK, FIRST_BITS, FIRST_MARGIN, LANES, SECOND_BINADES, SECOND_MARGIN, WEYL
+from nadam.kernels.cpu.formats import bits_of_float, choose, float_from_bits
+
+
+def _scratch(storage: Any, size: int) -> Any:
+    @intrinsic
+    def scratch(typing: Any) -> Any:
+        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            place = cgutils.alloca_once(builder, context.get_data_type(storage), size=size)
+            place.align = 64
+            return place
+
+        return types.CPointer(storage)(), build
+
+    return scratch
+
+
+of_block, of_group = _scratch(types.float32, BLOCK), _scratch(types.uint32, LANES)
+
+
+# Numba makes the product or the larger of two uint32 a uint64, of which vectors have half as many.
+
+
+@intrinsic
+def multiplied(typing: Any, a: Any, b: Any) -> Any:
+    """The lower 32 bits of a product."""
+    return types.uint32(types.uint32, types.uint32), lambda context, builder, sig, args: builder.mul(*args)
+
+
+@intrinsic
+def larger(typing: Any, a: Any, b: Any) -> Any:
+    """The larger of two uint32."""
+    return types.uint32(types.uint32, types.uint32), lambda context, builder, sig, args: builder.select(
+        builder.icmp_unsigned(">", *args), *args
+    )
+
+
+@intrinsic
+def shifted_code(typing: Any, bits: Any) -> Any:
+    """The upper 13 bits of an int32, at least 0."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero, shifted = ir.Constant(ir.IntType(32), 0), builder.ashr(args[0], ir.Constant(ir.IntType(32), 19))
+        return builder.select(builder.icmp_signed(">", shifted, zero), shifted, zero)
+
+    return types.uint32(types.uint32), build
+
+
+@intrinsic
+def signed_float(typing: Any, byte: Any) -> Any:
+    """A byte, as a signed number, in float32."""
+    return types.float32(types.uint8), lambda context, builder, sig, args: builder.sitofp(args[0], ir.FloatType())
+
+
+@intrinsic
+def for_codes(typing: Any) -> Any:
+    """Tell LLVM, of the function that calls this, what makes it fast: the time of a step is that of its arithmetic.
+
+    That it may use vectors of 512 bits, where it prefers 256 for the sake of the clock, and that no two arguments point
+    to the same memory, about which it would ask at each row of a block.
+    """
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows no attributes of strings
+        for argument in builder.function.args:
+            if isinstance(argument.type, ir.PointerType):
+                argument.add_attribute("noalias")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Have the line of memory at an address brought to the caches."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@njit(inline="always")
+def noise(index, key):
+    """32 bits for an element that look even over its neighbours, and like chance over the steps."""
+    return uint32(multiplied(uint32(index), uint32(WEYL)) + uint32(key))
+
+
+@njit(inline="always")
+def magnitude_bits(value):
+    """The bits of a float32 without its sign."""
+    return uint32(bits_of_float(value) & uint32(0x7FFFFFFF))
+
+
+@njit(inline="always")
+def scales_of(m_scale, v_scale):
+    """A group's scales as bits of float32: the unit of its first moments, the smallest of its second moments."""
+    return uint32(uint32(m_scale) << uint32(23)), uint32(uint32(v_scale) << uint32(23))
+
+
+@njit(inline="always")
+def widen_codes(m, v, unit, base):
+    """The codes of an element, in float32."""
+    return signed_float(m) * float_from_bits(unit), float_from_bits(uint32(base + uint32(uint32(v) << uint32(19))))
+
+
+@njit(inline="always")
+def new_scales(largest, squares):
+    """A group's scales, from the bits of its largest values; then the same as `narrow_codes` takes them."""
+    top = uint32(uint32(largest + uint32(FIRST_MARGIN)) >> uint32(23))
+    unit = uint32(larger(top, uint32(FIRST_BITS + 1)) - uint32(FIRST_BITS))
+    unit = choose(top >= uint32(255), uint32(255), unit)
+    top = uint32(uint32(squares + uint32(SECOND_MARGIN)) >> uint32(23))
+    base = uint32(larger(top, uint32(SECOND_BINADES)) - uint32(SECOND_BINADES))
+    return uint8(unit), uint8(base), uint32(uint32(uint32(254) - unit) << uint32(23)), uint32(base << uint32(23))
+
+
+@njit(inline="always")
+def narrow_codes(first, second, per_unit, base, noise):
+    """The codes of an element, rounded by its noise: the lower 14 bits and the upper 19."""
+    fraction = float_from_bits(uint32(uint32(noise & uint32(0x3FFF)) | uint32(0x44400000)))
+    whole = bits_of_float(first * float_from_bits(per_unit) + fraction)
+    above = uint32(uint32(bits_of_float(second) + uint32(noise >> uint32(13))) - base)
+    return uint8(uint32(whole >> uint32(14))), uint8(shifted_code(above))
