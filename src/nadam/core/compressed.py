@@ -6,8 +6,8 @@ crossing lanes.
 
 A scale is a byte, the exponent of a power of two, as of OCP's Microscaling formats. First moments are integers, as of
 MXINT8; second moments are unsigned floats of 4 bits of exponent and 4 of mantissa, without a zero: their smallest is
-2**-16 of the largest of the group. So a second moment is never rounded to 0 while any of its group is 2**-110 or more,
-and the step that divides by its square root cannot explode.
+2**-16 to 2**-14.9 of the largest of the group. So a second moment is never rounded to 0 while any of its group is
+2**-110 or more, and the step that divides by its square root cannot explode.
 
 Both are rounded stochastically, without bias: a second moment that moves by a thousandth of itself at a step would
 otherwise never leave a code whose neighbours are a sixteenth away.

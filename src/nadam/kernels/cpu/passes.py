@@ -18,7 +18,7 @@ from nadam.core.rebind import bind_element, rebind
 from nadam.core.scalars import Scalars, where
 from nadam.kernels import layout as at
 from nadam.kernels.cpu.compressed import (
-    for_codes,
+    compute_bound,
     larger,
     magnitude_bits,
     narrow_codes,
@@ -38,6 +38,7 @@ from nadam.kernels.cpu.formats import (
     hash32,
     narrow_bfloat16_plain,
     narrow_bfloat16_stochastic,
+    split_8_bits_plain,
     widen_bfloat16,
 )
 from nadam.kernels.cpu.memory import PIECE, access, doubles, fetch_add, fields_of, integers, pointer_to
@@ -135,6 +136,8 @@ def one_pass(
         narrow = narrow_bfloat16_plain
     remainder = REMAINDERS.get(param_format, REMAINDERS[SPLIT])
     join, parted, remainders = remainder.join, remainder.split, pointer_to(remainder.storage)
+    if param_format == SPLIT8 and FORMATS[grad_format].width == 2:
+        parted = split_8_bits_plain  # a NaN is then one of these gradients, widened, or the processor's own
     param_scratch, open_param, close_param = access(param_format)
     grad_scratch, open_grad, _ = access(grad_format)
     values, scalars = pointer_to(FORMATS[compute].storage), fields_of(Scalars, FORMATS[compute].storage)
@@ -166,6 +169,8 @@ def one_pass(
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
     def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key):
+        if halved or split:
+            compute_bound()
         for i in range(n):
             old = widen_bfloat16(m[i]) if halved else m[i]
             bits = noise(i, key) if noisy else uint32(0)
@@ -176,7 +181,7 @@ def one_pass(
     def for_blocks(whole):
         @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
         def block(p, r, g, m, v, m_scales, v_scales, e, a, n, s, factor, decay, key, p_next, g_next, m_next, v_next):
-            for_codes()
+            compute_bound()
             units, bases, largest, squares = of_group(), of_group(), of_group(), of_group()
             firsts, seconds = of_block(), of_block()
             for k in range(LANES):
