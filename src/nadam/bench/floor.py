@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, types, uint16
 
 from nadam.bench.cases import Array
+from nadam.bench.loops import COMPRESSED
 from nadam.kernels.cpu.machine_code import Kernel
 from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
 from nadam.kernels.cpu.threads import Sharing
@@ -30,8 +31,8 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA = range(5)
 COLUMNS = 5
 CONTROL, NUM_CHUNKS, ROWS, CHUNKS, ZEROS, TOTALS = range(6)
 FAST = {"contract", "nsz", "reassoc"}
-_STORAGE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16}
-_STATE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.float32}
+_STORAGE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.uint16, COMPRESSED: types.uint16}
+_STATE = {"float32": types.float32, "float64": types.float64, "bfloat16": types.float32, COMPRESSED: types.uint8}
 
 
 def _arithmetic(dtype: str) -> tuple[Any, Any, Any]:
@@ -39,7 +40,7 @@ def _arithmetic(dtype: str) -> tuple[Any, Any, Any]:
 
     Bits for bfloat16: Numba would make the sum of two uint16 64 bits wide, while `and` and `or` are narrowed again.
     """
-    if dtype == "bfloat16":
+    if _STORAGE[dtype] is types.uint16:
         return (
             njit(lambda p, g, zero: uint16(p | (g & zero)), inline="always"),
             njit(lambda total, g: uint16(total | g), inline="always"),
@@ -140,7 +141,7 @@ class Floor:
 
     Args:
         moved: Lists of arrays, as of `cases.Ours`: parameters, gradients, moments, and averages or none.
-        kind: "plain", or "full" for one more read of the gradients and the averages.
+        kind: "full" for one more read of the gradients.
         dtype: Number format of parameters and gradients.
         default_threads: PyTorch's number of threads, to move the bytes on these.
         forms: Those to compile.
@@ -167,7 +168,7 @@ class Floor:
         self._shared = self._control.data
         self._given = sum(sizes), len(self._chunks), default_threads
         readers = [_reader(dtype)] if kind == "full" else []
-        self.forms = {form: self._pass([*readers, _mover(dtype, kind == "full", form)]) for form in forms}
+        self.forms = {form: self._pass([*readers, _mover(dtype, len(moved) > EMA, form)]) for form in forms}
 
     def _pass(self, kernels: Sequence[Any]) -> Callable[[], None]:
         block, sharing = address(self._block), [Sharing(*self._given) for _ in kernels]

@@ -22,6 +22,8 @@ DENSE = {
 TRANSFORMER, CONVOLUTIONS = "transformer, 0.8M", "convolutional net"
 MODELS = (MLP, SMALL, TRANSFORMER, CONVOLUTIONS, BIG)
 KINDS = ("plain", "full")  # full: clipping by the global norm, decoupled decay, moving average; of a peer its recipe
+# Plain, ours with moments of 8 bits and, in PyTorch, bfloat16 parameters with 8 bits of remainder; peers with float32.
+COMPRESSED, FLOAT32 = "8 bits", "ours, float32"
 WARM_UP, STEPS = 3, 6  # rounds that are not counted; training steps of a loop in a round
 QUICK_WARM_UP, QUICK_STEPS = 1, 2
 NOISE = 0.05  # of a training step; a difference of two that is less says nothing
@@ -43,6 +45,7 @@ class Loops(Protocol):
     WANTED: Mapping[tuple[str, str], Mapping[str, float]]
     QUICK_MODELS: Sequence[str]
     LESS: str | None
+    COMPRESSED_MODELS: Sequence[str]  # those that are also timed with state of 8 bits
 
     def loops(self, name: str, kind: str, quick: bool = False) -> Mapping[str, Sample]:
         """A sample of each contestant on a model of its own, "ours" among them."""
@@ -70,7 +73,9 @@ def in_loops(
 def units(module: Loops, options: Options) -> list[tuple[str, str]]:
     """The models and kinds to time."""
     kinds = KINDS[:1] if options.quick else KINDS
-    return [(model, kind) for model in options.chosen(module.MODELS, module.QUICK_MODELS) for kind in kinds]
+    models = options.chosen(module.MODELS, module.QUICK_MODELS)
+    smaller = () if options.quick else getattr(module, "COMPRESSED_MODELS", ())
+    return [*((m, kind) for m in models for kind in kinds), *((m, COMPRESSED) for m in models if m in smaller)]
 
 
 def measure(module: Loops, options: Options, model: str, kind: str) -> Iterator[Timing]:
@@ -106,15 +111,22 @@ def full_settings() -> dict[str, Any]:
 def floor_step(
     params: Sequence[Any], kind: str, default_threads: Callable[[], int] | None = None
 ) -> Callable[[Sequence[Any]], None]:
-    """What moves the bytes of a step of float32 arrays, called with the gradients, which may be others each time."""
-    state = [[param * 0 for param in params] for _ in range(3 if kind == "full" else 2)]
+    """What moves the bytes of a step, called with the gradients, which may be others each time.
+
+    Of float32 arrays, or, with state of 8 bits, of bfloat16 ones as uint16.
+    """
+    small = kind == COMPRESSED  # the third is then the remainder
+    state = [
+        [param.astype("uint8" if small else param.dtype) * 0 for param in params] for _ in range(2 + (kind != "plain"))
+    ]
     made: list[Any] = []
 
     def step(grads: Sequence[Any]) -> None:
         if not made:
             from nadam.bench.floor import Floor  # with Numba, which takes a second
 
-            made.append(Floor([params, grads, *state], kind, "float32", default_threads, ["one loop"]))
+            dtype = COMPRESSED if small else "float32"
+            made.append(Floor([params, grads, *state], kind, dtype, default_threads, ["one loop"]))
         made[0].point_to(1, grads)
         made[0].forms["one loop"]()
 

@@ -1,5 +1,6 @@
 """Time `step()` of PyTorch's optimizers inside a training loop: forward and backward between the steps, in turns.
 
+"8 bits" is ours with bfloat16 parameters, 8 bits of remainder and moments of 8 bits, and the peer with float32.
 "Full" is global-norm clipping, decoupled decay and a moving average: in ours by its arguments, around PyTorch's by
 clip_grad_norm_ and a foreach average. The floor moves the same bytes at the same place, on the same threads.
 """
@@ -18,8 +19,10 @@ from torch import nn
 
 from nadam.bench.loops import (
     BIG,
+    COMPRESSED,
     CONVOLUTIONS,
     DENSE,
+    FLOAT32,
     MLP,
     MODELS,
     TRANSFORMER,
@@ -37,9 +40,11 @@ WANTED = {
     (TRANSFORMER, "full"): {"fused Adam": 2.0, "NAdam": 5.0},
     (MLP, "plain"): {"fused Adam": 1.15, "NAdam": 2.5},
     (MLP, "full"): {"fused Adam": 2.0, "NAdam": 3.0},
+    (BIG, COMPRESSED): {"fused Adam": 1.4, FLOOR: 0.85},
 }
 LESS = None
 QUICK_MODELS = (MLP, TRANSFORMER)
+COMPRESSED_MODELS = (TRANSFORMER, BIG)
 LR, DECAY = 1e-4, 1e-4
 __all__ = ["LESS", "MODELS", "QUICK_MODELS", "WANTED", "loops"]
 
@@ -80,6 +85,8 @@ def with_recipe(make: Callable[..., Any], params: list[nn.Parameter]) -> Callabl
 
 def peers(kind: str) -> dict[str, Callable[..., Any]]:
     """PyTorch's optimizers, each a function of the parameters."""
+    if kind == COMPRESSED:
+        return {"fused Adam": lambda p: torch.optim.Adam(p, LR, fused=True), FLOAT32: lambda p: NAdam(p, LR)}
     if kind == "plain":
         fused = torch.optim.Adam
         return {"fused Adam": lambda p: fused(p, LR, fused=True), "NAdam": lambda p: torch.optim.NAdam(p, LR)}
@@ -94,15 +101,15 @@ def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
     """A sample of each, on a model of its own."""
     model, given = model_of(name)
 
-    def loop(step_of: Callable[[list[nn.Parameter]], Callable[[], Any]]) -> Sample:
-        own = copy.deepcopy(model)
+    def loop(step_of: Callable[[list[nn.Parameter]], Callable[[], Any]], dtype: torch.dtype = torch.float32) -> Sample:
+        own, batch = copy.deepcopy(model).to(dtype), given.to(dtype)
         params = list(own.parameters())
         step = step_of(params)
 
         def sample() -> float:
             for param in params:
                 param.grad = None
-            own(given).pow(2).mean().backward()
+            own(batch).pow(2).mean().backward()
             begin = time.perf_counter()
             step()
             return time.perf_counter() - begin
@@ -110,14 +117,21 @@ def loops(name: str, kind: str, quick: bool = False) -> dict[str, Sample]:
         return sample
 
     options = {**full_settings(), "decoupled_weight_decay": True} if kind == "full" else {}
-    made = {OURS: loop(lambda params: NAdam(params, LR, **options).step)}
+    dtype = torch.float32
+    if kind == COMPRESSED:
+        options, dtype = {"remainder": 8, "state_bits": 8}, torch.bfloat16
+    made = {OURS: loop(lambda params: NAdam(params, LR, **options).step, dtype)}
     for who, make in peers(kind).items():
         made[who] = loop(partial(with_recipe if kind == "full" else plain, make))
-    made[FLOOR] = loop(lambda params: floor(params, kind))
+    made[FLOOR] = loop(lambda params: floor(params, kind), dtype)
     return made
 
 
 def floor(params: list[nn.Parameter], kind: str) -> Callable[[], None]:
     """What moves the bytes of a step."""
-    move = floor_step([param.detach().numpy() for param in params], kind, torch.get_num_threads)
-    return lambda: move([param.grad.numpy() for param in params])
+
+    def arrays(tensors: list[Any]) -> list[Any]:
+        return [(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy() for tensor in tensors]
+
+    move = floor_step(arrays([param.detach() for param in params]), kind, torch.get_num_threads)
+    return lambda: move(arrays([param.grad for param in params]))

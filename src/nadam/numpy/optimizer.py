@@ -156,7 +156,7 @@ class Nadam(Configured, Closed):
         """The state in Keras's order; the arrays are the optimizer's own, the counters copies.
 
         iteration, learning_rate (absent for a schedule or callable), averages, accumulators, per parameter first and
-        second moment, momentum product.
+        second moment (and of moments of 8 bits the scales of either), momentum product.
         """
         scalars = [] if callable(self._hyper.lr) else [np.float32(self._hyper.lr)]
         if self._parameters is None:
@@ -164,7 +164,8 @@ class Nadam(Configured, Closed):
         entries, counters = self._parameters.entries, self._parameters.counters
         averages = [entry.ema for entry in entries if entry.ema is not None]
         accumulators = [entry.accumulator for entry in entries if entry.accumulator is not None]
-        moments = [array for entry in entries for array in (entry.exp_avg, entry.exp_avg_sq)]
+        kept = [(e.exp_avg, e.exp_avg_sq, e.exp_avg_scale, e.exp_avg_sq_scale) for e in entries]
+        moments = [array for own in kept for array in own if array is not None]
         before = [np.asarray(counters.calls), *map(np.asarray, scalars)]
         return [*before, *averages, *accumulators, *moments, np.asarray(counters.momentum_product)]
 
