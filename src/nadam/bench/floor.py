@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit, types, uint16
 
 from nadam.bench.cases import Array
-from nadam.bench.loops import COMPRESSED
+from nadam.bench.records import COMPRESSED
 from nadam.kernels.cpu.machine_code import Kernel
 from nadam.kernels.cpu.memory import fetch_add, integers, pointer_to
 from nadam.kernels.cpu.threads import Sharing

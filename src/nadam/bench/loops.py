@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from nadam.bench.measure import ratio
 from nadam.bench.options import Options
-from nadam.bench.records import OURS, Timing
+from nadam.bench.records import COMPRESSED, OURS, Timing
 
 # Units of a dense network by layers, batch; the others are built by each library.
 MLP, SMALL, BIG = "MLP, 0.27M", "60 small layers", "20 layers, 21M"
@@ -22,8 +22,7 @@ DENSE = {
 TRANSFORMER, CONVOLUTIONS = "transformer, 0.8M", "convolutional net"
 MODELS = (MLP, SMALL, TRANSFORMER, CONVOLUTIONS, BIG)
 KINDS = ("plain", "full")  # full: clipping by the global norm, decoupled decay, moving average; of a peer its recipe
-# Plain, ours with moments of 8 bits and, in PyTorch, bfloat16 parameters with 8 bits of remainder; peers with float32.
-COMPRESSED, FLOAT32 = "8 bits", "ours, float32"
+FLOAT32 = "ours, float32"  # beside ours in 8 bits
 WARM_UP, STEPS = 3, 6  # rounds that are not counted; training steps of a loop in a round
 QUICK_WARM_UP, QUICK_STEPS = 1, 2
 NOISE = 0.05  # of a training step; a difference of two that is less says nothing

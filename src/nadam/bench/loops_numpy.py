@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from nadam.bench.cases import Array
-from nadam.bench.loops import BIG, COMPRESSED, DENSE, FLOAT32, MLP, Sample, floor_step, full_settings
-from nadam.bench.records import FLOOR, OURS
+from nadam.bench.loops import BIG, DENSE, FLOAT32, MLP, Sample, floor_step, full_settings
+from nadam.bench.records import COMPRESSED, FLOOR, OURS
 from nadam.bench.reference import NumpyNadam
 from nadam.numpy import Nadam
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from nadam.bench.loops import (
     BIG,
-    COMPRESSED,
     CONVOLUTIONS,
     DENSE,
     FLOAT32,
@@ -30,7 +29,7 @@ from nadam.bench.loops import (
     floor_step,
     full_settings,
 )
-from nadam.bench.records import FLOOR, OURS
+from nadam.bench.records import COMPRESSED, FLOOR, OURS
 from nadam.torch import NAdam
 
 WANTED = {

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 FORMAT = 1  # of the file; another number for other keys
 OURS, FLOOR = "ours", "floor"
+# Plain, ours with moments of 8 bits and, in PyTorch, bfloat16 parameters with 8 bits of remainder; peers with float32.
+COMPRESSED = "8 bits"
 # Timed beside the optimizers, to tell how much of a time is no optimizer's: nothing is ahead of these or behind.
 BOUNDS = (FLOOR, "SGD", "passed through", "plain, again")
 LEVEL = 0.05  # times that differ by less are level
