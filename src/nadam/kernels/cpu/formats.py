@@ -117,7 +117,7 @@ def split_bfloat16(value, noise):
 
 @njit(inline="always")
 def split_8_bits(value, noise):
-    """The same with 8 bits, after the value was rounded to 24, without bias, by the upper 8 of the noise."""
+    """`split_bfloat16` with 8 bits, after the value was rounded to 24, without bias, by the upper 8 of the noise."""
     rounded = added(bits_of_float(value), uint32(uint32(noise) >> uint32(24)))
     bits = choose(value != value, uint32(0x7FC00000), rounded)
     return uint16(added(bits, uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
@@ -125,7 +125,7 @@ def split_8_bits(value, noise):
 
 @njit(inline="always")
 def split_8_bits_plain(value, noise):
-    """The same in two operations less, where a NaN's lowest 13 bits are zeros: then it does not carry over."""
+    """`split_8_bits` in two operations less, where a NaN's lowest 13 bits are zeros: then it does not carry over."""
     bits = added(bits_of_float(value), uint32(uint32(noise) >> uint32(24)))
     return uint16(added(bits, uint32(0x8000)) >> uint32(16)), uint8(uint32(uint32(bits >> uint32(8)) & uint32(0xFF)))
 
@@ -138,7 +138,7 @@ def join_bfloat16(half, rest):
 
 @njit(inline="always")
 def join_8_bits(half, rest):
-    """The same of a rest of 8 bits."""
+    """`join_bfloat16` of a rest of 8 bits."""
     shifted = uint32(sign_extended(rest) << uint32(8))
     return float_from_bits(added(uint32(uint32(half) << uint32(16)), shifted))
 
