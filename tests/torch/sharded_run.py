@@ -23,12 +23,13 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from nadam.torch import NAdam
+from nadam.torch import NAdam, release
 
 DEVICE = os.environ.get("NADAM_TEST_DEVICE", "cpu")
 STEPS = 6
 OPTIONS = {"lr": 0.05, "global_clipnorm": 0.05, "eps": 1e-3, "weight_decay": 0.1, "use_ema": True}
 EACH = {**OPTIONS, "global_clipnorm": None, "clipnorm": 0.02, "skip_nonfinite": True}
+RELEASED = {**EACH, "skip_nonfinite": False, "track_grad_norm": True}
 
 
 def make_model():
@@ -75,6 +76,12 @@ def tensor_parallel(model):
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
+def released(params, **options):
+    optimizer = NAdam(params, **options)
+    release(optimizer, bucket_mb=1e-4)  # some 100 bytes
+    return optimizer
+
+
 WAYS = {
     "plain": (lambda: make_model(), NAdam, OPTIONS),
     "each": (lambda: make_model(), NAdam, EACH),
@@ -94,7 +101,12 @@ WAYS = {
         OPTIONS,
     ),
     "tensor parallel": (lambda: tensor_parallel(make_model()), NAdam, OPTIONS),
+    "fsdp unreleased": (lambda: sharded(make_model()), NAdam, RELEASED),
+    "tensor parallel unreleased": (lambda: tensor_parallel(make_model()), NAdam, RELEASED),
 }
+if DEVICE == "cpu":
+    WAYS["fsdp released"] = lambda: sharded(make_model()), released, RELEASED
+    WAYS["tensor parallel released"] = lambda: tensor_parallel(make_model()), released, RELEASED
 
 
 def train_all(folder):

@@ -66,6 +66,18 @@ def test_the_runs_clip_and_skip(trained):
     assert not torch.equal(results["plain"][0][0], results["plain average"][0][0])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="parameters on a GPU are not released")
+@pytest.mark.parametrize("way", ["fsdp", "tensor parallel"])
+def test_gradient_release_gives_the_same_bits(trained, way):
+    """Uneven shards fill buckets unevenly; all processes must move the same ones together."""
+    for results in trained[1]:
+        params, reports = results[f"{way} released"]
+        expected, wanted = results[f"{way} unreleased"]
+        assert all(map(torch.equal, params, expected))
+        assert [norm for _, norm, _ in reports] == pytest.approx([norm for _, norm, _ in wanted], rel=1e-14)
+        assert reports[-1][0] == wanted[-1][0]
+
+
 def test_mixed_precision(trained):
     results = trained[1][0]
     for one, other in zip(results["fsdp mixed"][0], results["plain"][0], strict=True):

@@ -101,7 +101,12 @@ Combine = Callable[[list[float], bool], tuple[list[float], bool]]
 
 
 def step(
-    buckets: Sequence[Bucket], *, loss_scale: float, must_be_finite: bool = False, combine: Combine | None = None
+    buckets: Sequence[Bucket],
+    *,
+    loss_scale: float,
+    must_be_finite: bool = False,
+    combine: Combine | None = None,
+    lagged_norm: float | None = None,
 ) -> StepReport:
     """Do one call: an update, or one more gradient for the accumulators.
 
@@ -111,6 +116,7 @@ def step(
         must_be_finite: Whether NaN or infinity skips the call even without ``skip_nonfinite``.
         combine: Where other processes hold the rest of the tensors: (norms, whether all values passed) of this one's
             share -> of the whole.
+        lagged_norm: What ``global_clipnorm`` clips by instead of the norm of these gradients.
     """
     h, now, counters, _ = buckets[0]
     accumulation_steps = h.gradient_accumulation_steps or 1
@@ -145,7 +151,7 @@ def step(
         factors = [clip_factor(norm / accumulation_steps, h.clipnorm) for norm in norms]
         grad_factors, factor = [spread * each for each in factors], min(factors)
     elif h.global_clipnorm is not None and grad_norm is not None:
-        factor = global_clip_factor(grad_norm, h.global_clipnorm)
+        factor = global_clip_factor(grad_norm if lagged_norm is None else lagged_norm, h.global_clipnorm)
         grad_factors = spread * factor
     done = 0
     for bucket in buckets:

@@ -1,4 +1,7 @@
-"""Nadam for PyTorch: `NAdam`, in the place of `torch.optim.NAdam`, `NAdamW`, in that of timm's, and `param_groups`."""
+"""Nadam for PyTorch: `NAdam`, in the place of `torch.optim.NAdam`, `NAdamW`, in that of timm's.
+
+`param_groups` makes their groups, `release` frees gradients within the backward pass.
+"""
 
 try:
     import torch  # noqa: F401
@@ -9,5 +12,6 @@ from nadam.core.step import StepReport
 from nadam.torch.groups import param_groups
 from nadam.torch.nadamw import NAdamW
 from nadam.torch.optimizer import NAdam
+from nadam.torch.release import Release, release
 
-__all__ = ["NAdam", "NAdamW", "StepReport", "param_groups"]
+__all__ = ["NAdam", "NAdamW", "Release", "StepReport", "param_groups", "release"]

@@ -92,6 +92,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
+    _released: Any = None  # release.Release, where there is one: what does the step then
     _swapped = False  # whether the parameters have the values of their averages
 
     @known_arguments()
@@ -223,7 +224,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         if self.defaults["differentiable"]:
             self._differentiable_step()
             return loss
-        self._exclusive.run("step", self._kernel_step)
+        self._exclusive.run("step", self._kernel_step if self._released is None else self._released.finish)
         return loss
 
     def _kernel_step(self) -> None:

@@ -5,12 +5,19 @@ So no process gathers anything but the norms, where clipping asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Container, Sequence
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Wrappers of a model that deal with gradients themselves.
+WRAPPERS = {
+    "DistributedDataParallel": "it averages gradients after they are released, and keeps all of them in its buckets",
+    "FullyShardedDataParallel": "it keeps gradients of its own",
+}
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -81,3 +88,16 @@ def device_combiner(params: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | No
         return entries
 
     return combine
+
+
+def check_unwrapped(params: Container[int]) -> None:
+    """That no wrapper has parameters of these ids whose gradients are to be released.
+
+    Parameters do not show it, so all objects are looked through, in some 40 ms, and only in a distributed run.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for each in gc.get_objects():
+        reason = WRAPPERS.get(type(each).__name__)
+        if reason and isinstance(each, torch.nn.Module) and any(id(param) in params for param in each.parameters()):
+            raise ValueError(f"release: a {type(each).__name__} has the parameters: {reason}; fully_shard does not")

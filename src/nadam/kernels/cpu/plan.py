@@ -127,6 +127,7 @@ class KernelPlan:
             alike.setdefault(tensor.kind, []).append(i)
         self.groups = [TensorGroup([tensors[i] for i in own], own, keep, default_threads) for own in alike.values()]
         self.members, self.seed = members, seed
+        self.streams = members  # which stream of stochastic rounding each tensor has
         self._uses = 0 if fuses and self._can_fuse() else -1
         self._fused: FusedStep | None = None
 
@@ -194,7 +195,7 @@ class KernelPlan:
             self._fused.forget()
         for group in self.groups:
             if group.rounds:
-                group.keys[:] = keys(self.seed, step, self.members[group.members])
+                group.keys[:] = keys(self.seed, step, self.streams[group.members])
             same = isinstance(grad_factors, float)
             group.set_multipliers(grad_factors if same else np.take(grad_factors, group.members).tolist(), s.decay)
             group.update(s, flags._replace(averaged=flags.averaged and group.averaged), buffers)
