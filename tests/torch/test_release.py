@@ -329,7 +329,7 @@ def test_a_backward_pass_that_fails_midway():
 def test_after_an_interrupt_the_end_of_the_step_moves_nothing_twice(monkeypatch):
     model, optimizer = pair({"lr": 0.02})[1]
     train(model, optimizer, [0, 3])
-    module = sys.modules["nadam.torch.release"]
+    module = sys.modules["nadam.torch.gradient_release"]
     step = module.step
 
     def interrupted(*args, **options):

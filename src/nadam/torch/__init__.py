@@ -9,9 +9,9 @@ except ImportError as error:  # pragma: no cover
     raise ImportError('nadam.torch needs PyTorch: pip install "nadam[torch]"') from error
 
 from nadam.core.step import StepReport
+from nadam.torch.gradient_release import Release, release
 from nadam.torch.groups import param_groups
 from nadam.torch.nadamw import NAdamW
 from nadam.torch.optimizer import NAdam
-from nadam.torch.release import Release, release
 
 __all__ = ["NAdam", "NAdamW", "Release", "StepReport", "param_groups", "release"]

@@ -92,7 +92,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
-    _released: Any = None  # release.Release, where there is one: what does the step then
+    _released: Any = None  # gradient_release.Release, where there is one: what does the step then
     _swapped = False  # whether the parameters have the values of their averages
 
     @known_arguments()
