@@ -386,12 +386,39 @@ def test_it_ends():
     check_same(one, other)
 
 
-def test_grad_scaler_is_refused():
+def test_grad_scaler_is_refused_before_anything_moves():
+    model, _ = pair({})[1]
+    scaler = torch.amp.GradScaler("cpu")
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match="GradScaler is at work"):
+        scaler.scale(model.loss(1)).backward()
+    assert equal(model.parameters(), before)
+
+
+def test_grad_scaler_is_refused_where_it_comes_later():
     model, optimizer = pair({})[1]
+    train(model, optimizer, [1])
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model.loss(1)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler"):
+    with pytest.raises(RuntimeError, match="a step of GradScaler"):
         scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("order", ["plain", "reversed"])
+def test_moments_of_8_bits_are_rounded_as_without(order):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(80, 80, dtype=torch.bfloat16) for _ in range(4)))
+        runs.append((model, NAdam(given(model, order), lr=0.01, remainder=8, state_bits=8, seed=4)))
+    release(runs[1][1], bucket_mb=0.02)
+    for model, optimizer in runs:
+        for i in range(4):
+            batch = torch.randn(8, 80, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)
+            model(batch).pow(2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    check_same(*runs)
 
 
 def test_ddp_is_refused():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from math import inf
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -22,6 +24,7 @@ from nadam.torch.sharding import check_unwrapped, local
 # A bucket is this part of all gradients, and at least so large: each costs some 0.1 ms besides its pass.
 SHARE, SMALLEST_MB = 16, 4
 LAGGED = "lagged_grad_norm"  # of a group, in checkpoints
+SCALED = "it could unscale gradients only after they are released; train in bfloat16, or disable it"
 REFUSED = {
     "skip_nonfinite": "a step is skipped as a whole, and parts of it are done before the last gradient is there",
     "differentiable": "autograd cannot go through a step within its own backward pass",
@@ -132,8 +135,9 @@ class Release:
         if optimizer._swapped:
             raise RuntimeError("backward: called within swap_ema, and release would do a step")
         self._follow_groups()
-        if not self._batches:  # the model may have been wrapped since
+        if not self._batches:  # the model may have been wrapped since, and the loss of this backward pass scaled
             check_unwrapped(self._where)
+            _check_unscaled()
         for index, group in enumerate(optimizer.param_groups):
             optimizer._settings.now(index, group)
         self._position = optimizer._position
@@ -189,8 +193,7 @@ class Release:
         if getattr(optimizer, "found_inf", None) is not None:
             self._reset()
             raise RuntimeError(
-                "release: GradScaler cannot be used: gradients are freed before it could unscale them, and those of "
-                "this backward pass were taken as scaled; train in bfloat16, or without release"
+                f"release: a step of GradScaler, after parameters have moved by scaled gradients: {SCALED}"
             )
         if not self._seen:
             self._begin()
@@ -243,6 +246,13 @@ class Release:
         return saved[0] if last is None else last
 
 
+def _check_unscaled() -> None:
+    """That no loss is scaled: gradients do not show it, so all objects are looked through, in some 40 ms."""
+    scalers = (each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler))
+    if any(each.is_enabled() and each._scale is not None for each in scalers):  # set by the first loss that is scaled
+        raise RuntimeError(f"release: a GradScaler is at work: {SCALED}")
+
+
 def release(optimizer: NAdam, *, bucket_mb: float | None = None, global_clipnorm_lag: int | None = None) -> Release:
     """Have each parameter updated within the backward pass, and its gradient freed there.
 
@@ -268,8 +278,8 @@ def release(optimizer: NAdam, *, bucket_mb: float | None = None, global_clipnorm
         TypeError: Another optimizer.
         ValueError: An argument out of its range, ``skip_nonfinite`` or ``differentiable``, parameters on a GPU, or a
             model in DistributedDataParallel. Nothing has changed.
-        RuntimeError: The optimizer has a release already. In a backward pass: a second gradient before ``step()``. In
-            ``step()``: by GradScaler. In ``state_dict()``: between a backward pass and ``step()``.
+        RuntimeError: The optimizer has a release already. In a backward pass: a second gradient before ``step()``; a
+            GradScaler, in the first. In ``state_dict()``: between a backward pass and ``step()``.
 
     Example:
         >>> import torch
