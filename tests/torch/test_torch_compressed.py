@@ -196,15 +196,19 @@ def test_remainders_of_8_and_16_bits_are_taken_for_each_other():
     assert torch.equal(whole(params[0], wide.state[params[0]]), near)
 
 
-def test_averages_are_swapped_in_and_out_with_24_bits():
-    params = parameters(torch.bfloat16, shapes=SHAPES)
-    optimizer = NAdam(params, lr=0.1, remainder=8, state_bits=8, use_ema=True)
+@pytest.mark.parametrize(("dtype", "remainder"), [
+    (torch.float32, False), (torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, 8),
+], ids=str)  # fmt: skip
+def test_averages_are_swapped_in_and_out(dtype, remainder):
+    params = parameters(dtype, shapes=SHAPES)
+    optimizer = NAdam(params, lr=0.1, remainder=remainder, state_bits=8, use_ema=True)
     train(optimizer, params, 4)
     before = bits(optimizer, params)
     with optimizer.swap_ema():
         for param in params:
             ema, value = optimizer.state[param]["ema"], whole(param, optimizer.state[param])
-            assert ((value - ema).abs() <= ema.abs() * 2.0**-16).all()
+            expected = ema if remainder else ema.to(dtype).float()
+            assert ((value - expected).abs() <= ema.abs() * 2.0**-16).all()
     assert all(map(torch.equal, bits(optimizer, params), before))
 
 

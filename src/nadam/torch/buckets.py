@@ -41,6 +41,7 @@ class StateOptions(NamedTuple):
     exp_avg_dtype: torch.dtype | None  # bfloat16 to keep it so, stochastically rounded, else as wide as is computed in
     seed: int
     state_bits: int | None = None  # 8 for moments of 8 bits, stochastically rounded
+    state_device: str | None = None  # "cpu" to keep all there, whatever device the parameters are on
 
     def checked(self) -> StateOptions:
         """These, if they are in their ranges."""
@@ -50,6 +51,8 @@ class StateOptions(NamedTuple):
         if self.remainder not in (False, True, 8, 16):
             raise ValueError(f"remainder={self.remainder!r}: expected 8, 16, True for 16 or False")
         check_state_options(self.state_bits, self.seed)
+        if self.state_device not in (None, "cpu"):
+            raise ValueError(f"state_device={self.state_device!r}: expected 'cpu' or None")
         if dtype is not None and self.state_bits is not None:
             raise ValueError(f"exp_avg_dtype={dtype}: expected None with state_bits={self.state_bits}")
         return self
@@ -64,6 +67,8 @@ class StateOptions(NamedTuple):
         """What of these only the kernels can do; None where PyTorch's own operations do as well."""
         if self.state_bits is not None:
             return f"state_bits={self.state_bits}"
+        if self.state_device is not None:
+            return f"state_device={self.state_device!r}"
         return "remainder=8" if self.remainder == 8 else None
 
     def compresses(self, param: Tensor) -> bool:
@@ -123,8 +128,10 @@ class ParamBucket:
 def check_trainable(params: Sequence[Tensor], options: StateOptions) -> None:
     """That parameters are of numbers that can be trained, and their state can be kept as is asked for."""
     for i, param in enumerate(params):
-        if options.state_bits is not None and is_sharded(param):
-            raise TypeError(f"params[{i}]: a DTensor, expected whole parameters with state_bits={options.state_bits}")
+        whole = {"state_bits": options.state_bits, "state_device": options.state_device}
+        asked = [f"{name}={value!r}" for name, value in whole.items() if value is not None]
+        if asked and is_sharded(param):
+            raise TypeError(f"params[{i}]: a DTensor, expected whole parameters with {asked[0]}")
         if param.dtype not in TRAINABLE:
             raise TypeError(
                 f"params[{i}]: dtype {param.dtype}, expected float16, bfloat16, float32, float64 or complex"

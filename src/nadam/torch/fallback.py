@@ -24,6 +24,7 @@ from nadam.core.library import mathematics
 from nadam.core.scalars import Scalars, clamp_eps
 from nadam.core.step import Bucket, Factors
 from nadam.kernels.cpu.plan import keys
+from nadam.torch.buckets import STATE_DTYPES
 from nadam.torch.memory import real
 
 
@@ -170,11 +171,11 @@ def stochastically_rounded(value: Tensor, key: int) -> Tensor:
 
 def joined(param: Tensor, state: dict[str, Tensor]) -> Tensor:
     """A parameter in the dtype that is computed in, with its remainder."""
-    wide, rest = param.to(state["exp_avg_sq"].dtype), state.get("remainder")
+    rest = state.get("remainder")
     if rest is None:
-        return wide
+        return param.to(STATE_DTYPES.get(param.dtype, param.dtype))
     # As a signed number: a remainder of half a unit or more stands for a bfloat16 that was rounded up.
-    upper = param.view(torch.int16).to(torch.int32) << 16
+    upper = param.to(rest.device).view(torch.int16).to(torch.int32) << 16
     return (upper + (rest.to(torch.int32) << 16 - 8 * rest.itemsize)).view(torch.float32)
 
 

@@ -53,6 +53,7 @@ class NAdamW(NAdam):
         exp_avg_dtype: torch.bfloat16 to keep first moments in two bytes.
         seed: Of stochastic rounding.
         state_bits: 8 to keep both moments of large parameters in a byte each.
+        state_device: "cpu" to keep the state there and do the step there.
 
     Raises:
         ValueError: A value out of its range, two clips, or what is refused; it is named, with what is allowed.
@@ -100,6 +101,7 @@ class NAdamW(NAdam):
         exp_avg_dtype: dtype | None = None,
         seed: int = 0,
         state_bits: int | None = None,
+        state_device: str | None = None,
     ) -> None:
         _check_supported(locals())
         super().__init__(
@@ -127,6 +129,7 @@ class NAdamW(NAdam):
             exp_avg_dtype=exp_avg_dtype,
             seed=seed,
             state_bits=state_bits,
+            state_device=state_device,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

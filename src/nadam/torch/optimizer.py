@@ -22,6 +22,7 @@ from nadam.torch import buckets, mistakes, settings, state
 from nadam.torch.bucket_cache import BucketCache
 from nadam.torch.fallback import Row, differentiable_step, joined, store
 from nadam.torch.gpu import bucket_cache as gpu
+from nadam.torch.offload import Offload
 from nadam.torch.sharding import local
 
 POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
@@ -73,6 +74,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         seed: Of stochastic rounding, ``0 <= seed < 2**32``; it also depends on the step: a resumed run goes on alike.
         state_bits: 8 to keep both moments of each float16, bfloat16 or float32 parameter of at least 4,096 elements in
             a byte each, stochastically rounded, with a byte more for every 32 of them; on CPUs, or by Triton.
+        state_device: "cpu" to keep the state and do the step there, of parameters that are on a GPU: gradients are
+            copied over, new values back. None for the parameters' device.
 
     Raises:
         ValueError: A value out of its range, or two clips; it is named, with what is allowed.
@@ -124,16 +127,17 @@ class NAdam(Optimizer):  # type: ignore[misc]
         exp_avg_dtype: torch.dtype | None = None,
         seed: int = 0,
         state_bits: int | None = None,
+        state_device: str | None = None,
     ) -> None:
         given = locals()
         self._extras = {name: given[name] for name in settings.EXTRAS}
-        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed, state_bits).checked()
+        self._options = buckets.StateOptions(remainder, exp_avg_dtype, seed, state_bits, state_device).checked()
         self._exclusive = Exclusive()
         self._forget()
         defaults = {name: given[name] for name in settings.DEFAULTS}
         settings.checked(defaults, self._extras)
         if differentiable and (self._options.needs_kernel or any(self._extras[n] for n in settings.KERNELS_ONLY)):
-            names = ", ".join((*settings.KERNELS_ONLY, "state_bits", "remainder=8"))
+            names = ", ".join((*settings.KERNELS_ONLY, "state_bits", "state_device", "remainder=8"))
             raise ValueError(f"differentiable=True: expected none of {names}")
         super().__init__(mistakes.listed(params), defaults)
 
@@ -142,7 +146,7 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._settings = settings.Settings(self._extras, self._of_all())
         steps = self._extras["gradient_accumulation_steps"]
         given = self._settings, self._options, steps, type(self).__name__
-        self._buckets, self._gpu = BucketCache(*given), gpu.GpuBucketCache(*given)
+        self._buckets, self._gpu, self._offload = BucketCache(*given), gpu.GpuBucketCache(*given), Offload()
         self._position = self._skipped = 0  # calls since the last update, and those that were skipped
         self._last_step: Any = None  # StepReport, or the DeviceReport of a GPU
         self._counting: Counters | None = None  # of an accumulating step at work
@@ -232,7 +236,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
         self._sync_counters()
         self._counting = None
         first = self.param_groups[0]["params"]
-        if first and first[0].device.type in gpu.DEVICES:
+        groups, kept = self.param_groups, self.state
+        if self._options.state_device is None and first and first[0].device.type in gpu.DEVICES:
             done = self._gpu.step(self.param_groups, self.state, self._position, self._skipped, scale, found)
             if done is not None:
                 report, params, self._position, self._skipped = done
@@ -249,7 +254,9 @@ class NAdam(Optimizer):  # type: ignore[misc]
             rate, name = float(self.param_groups[0]["lr"]), buckets.nonfinite(self.param_groups, 1.0, Check.FINITE)
             self._last_step = StepReport(self.last_step.step, rate, None, None, self._skipped, True, name)
             return
-        moving, params = self._buckets.now(self.param_groups, self.state, self._position)
+        if self._options.state_device is not None:
+            groups, kept = self._offload.begin(groups, kept), self._offload.state
+        moving, params = self._buckets.now(groups, kept, self._position)
         if not moving:
             return
         if self._extras["gradient_accumulation_steps"] is not None:
@@ -259,6 +266,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
             report = step(moving, loss_scale=loss_scale, combine=self._buckets.combine)
         finally:
             increment_version(params)
+            if self._options.state_device is not None:
+                self._offload.end(params, self.state)
             self._sync_counters()
             self._counting = None
             self._buckets.release()
@@ -323,7 +332,8 @@ class NAdam(Optimizer):  # type: ignore[misc]
                 nothing has changed. Of Adam's and NAdamW's it says what takes them.
             RuntimeError: A call from within a step, as by a signal handler.
         """
-        self._load(state_dict, lambda _, given: state.checked(self.param_groups, given))
+        device = self._options.state_device
+        self._load(state_dict, lambda _, given: state.checked(self.param_groups, given, device))
 
     def load_adam_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of `torch.optim.Adam` or `AdamW`: its moments and steps.

@@ -38,7 +38,7 @@ EXTRAS = {
     "track_grad_norm": False,
     "bias_correction": "nadam",
 }
-STATE_OPTIONS = {"remainder": False, "exp_avg_dtype": None, "seed": 0, "state_bits": None}
+STATE_OPTIONS = {"remainder": False, "exp_avg_dtype": None, "seed": 0, "state_bits": None, "state_device": None}
 # Those that a step which is differentiated has not.
 KERNELS_ONLY = tuple(name for name in EXTRAS if name not in ("ema_momentum", "bias_correction"))
 OF_ALL = "an argument of the constructor, for all groups together"

@@ -30,13 +30,15 @@ class Kept:
         self.tensor = tensor
 
 
-def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> Any:
-    """A checkpoint of NAdam in the order of these groups, its tensors Kept."""
+def checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], device: str | None = None) -> Any:
+    """A checkpoint of NAdam in the order of these groups, its tensors Kept on a device, by default the parameters'."""
     check_owner(state_dict, "NAdam")
-    return _checked(groups, state_dict, NADAM)
+    return _checked(groups, state_dict, NADAM, device)
 
 
-def _checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...]) -> Any:
+def _checked(
+    groups: list[dict[str, Any]], state_dict: Mapping[str, Any], required: tuple[str, ...], device: str | None = None
+) -> Any:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"state_dict: no {key!r} in it")
@@ -65,7 +67,7 @@ def _checked(groups: list[dict[str, Any]], state_dict: Mapping[str, Any], requir
     params = chain.from_iterable(group["params"] for group in groups)
     for key, param in zip(ids, params, strict=True):
         if key in state:
-            state[key] = _entry(f"state[{key}]", state[key], param, required)
+            state[key] = _entry(f"state[{key}]", state[key], param, required, device)
     return {**state_dict, "state": state, "param_groups": saved}
 
 
@@ -97,7 +99,7 @@ def _with_products(made: dict[str, Any]) -> Any:
     return made
 
 
-def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> Any:
+def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...], device: str | None) -> Any:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: expected a dict, got {type(entry).__name__}")
     missing = [name for name in required if name not in entry]
@@ -120,7 +122,7 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...]) -> 
             raise ValueError(f"{where}[{name!r}]: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
         if not bool(torch.isfinite(local(tensor)).all()):
             raise ValueError(f"{where}[{name!r}]: it holds NaN or infinity")
-        kept[name] = Kept(_placed(name, tensor, param))
+        kept[name] = Kept(_placed(name, tensor, param, device))
     _check_ranges(where, kept)
     _check_codes(where, kept)
     return kept
@@ -157,18 +159,18 @@ def _check_codes(where: str, entry: dict[str, Any]) -> None:
         raise ValueError(f"{where}['remainder']: {rest.tensor.dtype}, expected torch.int16 or torch.int8")
 
 
-def _placed(name: str, tensor: Tensor, param: Tensor) -> Tensor:
-    """A copy on the parameter's device, in a dtype not narrower than it has."""
+def _placed(name: str, tensor: Tensor, param: Tensor, device: str | None) -> Tensor:
+    """A copy on a device, by default the parameter's, in a dtype not narrower than it has."""
     if name in SCALARS:
         return tensor.detach().to(torch.float64).clone()
     wide = STATE_DTYPES.get(param.dtype, torch.promote_types(tensor.dtype, param.dtype))
     if tensor.dtype in (torch.int8, torch.uint8, torch.int16) and name not in ("ema", "grad_accumulator"):
         wide = tensor.dtype  # remainders and codes
     if name in SCALES.values():
-        return tensor.detach().to(param.device, torch.uint8, copy=True)
+        return tensor.detach().to(device or param.device, torch.uint8, copy=True)
     if is_sharded(param):
         return tensor.detach().to(wide)
-    kept = torch.empty_like(param.detach(), dtype=wide, memory_format=torch.preserve_format)
+    kept = torch.empty_like(param.detach(), dtype=wide, device=device, memory_format=torch.preserve_format)
     return kept.copy_(tensor)
 
 
