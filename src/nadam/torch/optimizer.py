@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,16 +18,16 @@ from nadam.core.hyperparameters import BiasCorrection
 from nadam.core.names import known_arguments, refuse
 from nadam.core.step import StepReport, step
 from nadam.torch import buckets, mistakes, settings, state
+from nadam.torch.averages import WithAverages
 from nadam.torch.bucket_cache import BucketCache
-from nadam.torch.fallback import Row, differentiable_step, joined, store
+from nadam.torch.fallback import Row, differentiable_step
 from nadam.torch.gpu import bucket_cache as gpu
 from nadam.torch.offload import Offload
-from nadam.torch.sharding import local
 
 POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
 
 
-class NAdam(Optimizer):  # type: ignore[misc]
+class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
     """Nadam in the place of `torch.optim.NAdam`: the same arguments, numbers, groups and state, in one pass.
 
         momentum        = beta1 * (1 - 0.96**(step * momentum_decay) / 2)
@@ -96,7 +95,6 @@ class NAdam(Optimizer):  # type: ignore[misc]
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to the step
     _released: Any = None  # gradient_release.Release, where there is one: what does the step then
-    _swapped = False  # whether the parameters have the values of their averages
 
     @known_arguments()
     def __init__(
@@ -358,48 +356,6 @@ class NAdam(Optimizer):  # type: ignore[misc]
             self._exclusive.run("load_state_dict", super().load_state_dict, dict(state_dict))
         finally:
             handle.remove()
-
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
-        """Within the block, parameters have the values of their moving averages, and `step` is refused.
-
-        Raises:
-            RuntimeError: ``use_ema`` is not set.
-
-        Example:
-            >>> weight = torch.nn.Parameter(torch.ones(2))
-            >>> optimizer = NAdam([weight], use_ema=True)
-            >>> with optimizer.swap_ema():
-            ...     pass  # evaluate
-        """
-        kept = [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
-        before, self._swapped = self._swapped, True
-        try:
-            self.finalize()
-            yield
-        finally:
-            self._swapped = before
-            with torch.no_grad():
-                for param, entry, value in kept:
-                    store(param, entry, value)
-
-    @torch.no_grad()
-    def finalize(self) -> None:
-        """Set parameters to their moving averages; before the first update nothing happens.
-
-        Raises:
-            RuntimeError: ``use_ema`` is not set.
-        """
-        for param, entry in self._averaged():
-            store(param, entry, entry["ema"])
-
-    def _averaged(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """This process's shares of parameters that have been updated, and of their state."""
-        if not self._extras["use_ema"]:
-            raise RuntimeError("use_ema=False: there is no moving average")
-        entries = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if self.state.get(p)]
-        updated = [(local(param), entry) for param, entry in entries if float(entry["step"]) > 0]
-        return [(param, {name: local(value) for name, value in entry.items()}) for param, entry in updated]
 
 
 refuse(NAdam, mistakes.SETTINGS, mistakes.where_it_belongs)
