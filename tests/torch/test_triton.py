@@ -19,6 +19,8 @@ sys.path.insert(0, str(HERE.parent))
 
 CASES = {
     "kernels": ("triton_interpreted.py", {"TRITON_INTERPRET": "1"}),
+    "codes": ("triton_codes.py", {"TRITON_INTERPRET": "1"}),
+    "8 bits": ("triton_compressed.py", {"TRITON_INTERPRET": "1"}),
     "NAdam": ("triton_host.py", {"TRITON_INTERPRET": "1", "MALLOC_PERTURB_": "165"}),
     "extremes": ("test_torch_extremes.py", {"TRITON_INTERPRET": "1"}),
     "PTX": ("triton_compiled.py", {"TRITON_INTERPRET": "0"}),

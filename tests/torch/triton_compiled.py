@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT
+from nadam.core.dtypes import COMPRESSED, COMPUTE_DTYPE, HALF, SPLIT, SPLIT8, WIDE
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.gpu import formats as triton_formats
 from nadam.kernels.gpu import passes as kernels
@@ -25,9 +25,9 @@ POINTERS = {
     "scalars64": "*fp64", "factors32": "*fp32", "factors64": "*fp64", "found": "*fp32", "scale": "*fp32",
     "lr_at": "*fp32", "tensors": "i32", "count": "i32", "seed": "i64",
 }  # fmt: skip
-PLAIN = dict.fromkeys(["ACCUMULATED", "LIMITED", "AVERAGED", "COUPLED", "ROUNDED", "EACH"], False)
+PLAIN = dict.fromkeys(["ACCUMULATED", "LIMITED", "AVERAGED", "COUPLED", "EACH"], False) | {"KEPT": WIDE}
 FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), (SPLIT, "bfloat16"), ("float16", "float16"),
-           ("float32", "bfloat16"), ("float64", "float64")]  # fmt: skip
+           ("float32", "bfloat16"), ("float64", "float64"), (SPLIT8, "bfloat16")]  # fmt: skip
 
 
 def compiled(kernel, capability, constants, warps, **pointers):
@@ -45,9 +45,10 @@ def one_pass(param, grad, capability=90, **options):
         "COMPUTE": COMPUTE_DTYPE[param],
         "ELEMENT": triton_formats.ELEMENT[param],
     }
-    constants |= {**PLAIN, **options, "BLOCK": Kind(param, grad, options.get("ROUNDED", False), 0, 0, None).block}
+    of_kind = Kind(param, grad, options.get("KEPT", WIDE), 0, 0, None)
+    constants |= {**PLAIN, **options, "BLOCK": of_kind.block}
     kind = {"float32": "*fp32", "float64": "*fp64"}[COMPUTE_DTYPE[param]]
-    return compiled(kernels.one_pass, capability, constants, kernels.WARPS, scalars=kind, factors=kind)
+    return compiled(kernels.one_pass, capability, constants, of_kind.warps, scalars=kind, factors=kind)
 
 
 def accesses(ptx, kind):
@@ -74,7 +75,7 @@ def test_float32_goes_16_bytes_at_once_and_in_float32(capability):
 @pytest.mark.parametrize(("param", "grad"), FORMATS)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 def test_all_formats_are_compiled(param, grad, full):
-    options = dict.fromkeys(PLAIN, True) | {"ROUNDED": param != "float64"} if full else PLAIN
+    options = dict.fromkeys(PLAIN, True) | {"KEPT": WIDE if param == "float64" else HALF} if full else PLAIN
     asm = one_pass(param, grad, **options)
     loads, stores = accesses(asm["ptx"], "ld"), accesses(asm["ptx"], "st")
     assert loads[16] >= 1 + (not full)
@@ -86,6 +87,26 @@ def test_all_formats_are_compiled(param, grad, full):
     # Where whole blocks go, no element changes from one thread to another.
     wide = asm["ttgir"][: asm["ttgir"].rindex("scf.for")]
     assert full or "convert_layout" not in wide
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize(("param", "grad"), [formats for formats in FORMATS if "float64" not in formats])
+def test_moments_of_8_bits_are_compiled(param, grad, full):
+    flags = dict.fromkeys(PLAIN, full) | {"KEPT": COMPRESSED}
+    for capability in CAPABILITIES if param in ("float32", SPLIT8) else [90]:
+        asm = one_pass(param, grad, capability, **flags)
+        loads, stores = accesses(asm["ptx"], "ld"), accesses(asm["ptx"], "st")
+        # Four elements for each thread: 4 bytes of codes of both moments, 8 or 16 of parameter and gradient.
+        widest = 16 if "float32" in (param, grad) or full else 8
+        assert max(loads) == widest
+        assert stores[4] >= 2
+        assert full or loads[8] + loads.get(16, 0) >= 2
+        assert "f64" not in asm["ptx"]
+        # Where whole blocks go, nothing but scales changes from one thread to another.
+        wide = asm["ttgir"][: asm["ttgir"].rindex("scf.for")]
+        moved = [line for line in wide.splitlines() if "convert_layout" in line]
+        assert full or all("tensor<64xi8" in line for line in moved)
+        assert 'ttg.num-warps" = 16' in asm["ttgir"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -129,6 +150,7 @@ STEPS = {
     "plain": {},
     "each": {"clipnorm": 0.5, "use_ema": True, "ema_overwrite_frequency": 2, "gradient_accumulation_steps": 2},
     "global": {"global_clipnorm": 0.5, "skip_nonfinite": True, "weight_decay": 0.1},
+    "8 bits": {"global_clipnorm": 0.5},
 }
 
 
@@ -150,14 +172,16 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_at_most_four_launches(launched, name):
+def test_what_a_step_launches(launched, name):
     h = Hyperparameters(lr=0.0, **STEPS[name])
     params = [torch.zeros(5), torch.zeros(5000), torch.zeros(0)]
-    states = [buckets.new_state(param, h, buckets.StateOptions(False, None, 0)) for param in params]
+    options = buckets.StateOptions(False, None, 0, 8 if name == "8 bits" else None)
+    states = [buckets.new_state(param, h, options) for param in params]
     plan = on_gpu.DevicePlan(params, states, [torch.zeros_like(param) for param in params], h)
     on_gpu.step([on_gpu.Bucket(plan, h, 0.0, 0.9, 0.999)])
-    middle = {"plain": [], "each": ["measure", "sums"], "global": ["measure"]}[name]
-    assert launched == [*middle, "prepare", "one_pass"]
+    middle = {"plain": [], "each": ["measure", "sums"], "global": ["measure"], "8 bits": 2 * ["measure"]}[name]
+    last = ["one_pass"] * (2 if name == "8 bits" else 1)  # small tensors keep moments of float32
+    assert launched == [*middle, "prepare", *last]
     one = torch.ones(())
     on_gpu.step([on_gpu.Bucket(plan, h, one, 0.9, 0.999)], scale=one, found=one)
-    assert launched == 2 * [*middle, "prepare", "one_pass"]
+    assert launched == 2 * [*middle, "prepare", *last]

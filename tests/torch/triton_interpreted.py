@@ -37,9 +37,9 @@ UNITS = 8.0
 class Device:
     """Parameters that the GPU kernels move, with state as the optimizer keeps it."""
 
-    def __init__(self, params, h=None, remainder=False, exp_avg_dtype=None, seed=0, **settings):
+    def __init__(self, params, h=None, remainder=False, exp_avg_dtype=None, seed=0, state_bits=None, **settings):
         self.h = h or Hyperparameters(**{**DEFAULTS, **settings})
-        self.options = buckets.StateOptions(remainder, exp_avg_dtype, seed)
+        self.options = buckets.StateOptions(remainder, exp_avg_dtype, seed, state_bits)
         self.params = params
         self.states = [buckets.new_state(p, self.h, self.options) for p in params]
         self.plan, self.skipped = None, 0
@@ -70,7 +70,7 @@ def drawn(shapes=SHAPES, dtype=torch.float32, seed=0, scale=1.0):
     return [(torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(dtype) for s in shapes]
 
 
-def on_cpu(params, remainder=False, exp_avg_dtype=None, seed=0, **settings):
+def on_cpu(params, **settings):
     """Our optimizer on the CPU with copies of the same parameters."""
     settings = {**DEFAULTS, **settings}
     coupled = settings.pop("coupled_weight_decay", False)
@@ -78,9 +78,6 @@ def on_cpu(params, remainder=False, exp_avg_dtype=None, seed=0, **settings):
         [torch.nn.Parameter(p.clone()) for p in params],
         **settings,
         decoupled_weight_decay=not coupled,
-        remainder=remainder,
-        exp_avg_dtype=exp_avg_dtype,
-        seed=seed,
     )
     return optimizer, optimizer.param_groups[0]["params"]
 
@@ -141,6 +138,7 @@ ROUNDED = {
     "float32": {"seed": 7},
     "bfloat16": {"dtype": torch.bfloat16, "seed": 123456789},
     "split": {"dtype": torch.bfloat16, "remainder": True},
+    "split 8": {"dtype": torch.bfloat16, "remainder": 8},
 }
 
 
@@ -162,7 +160,7 @@ def test_first_moments_are_rounded_by_the_chance_of_the_cpu(name, full):
         if how.get("remainder"):
             ours = [joined(p, s) for p, s in zip(device.params, device.states, strict=True)]
             theirs = [joined(o.detach(), optimizer.state[o]) for o in others]
-            assert apart(ours, theirs) <= UNITS
+            assert apart(ours, theirs) <= (UNITS if how["remainder"] is True else 2.0**8 + UNITS)
         same = [(s["exp_avg"] == optimizer.state[o]["exp_avg"]) for s, o in zip(device.states, others, strict=True)]
         assert torch.cat([each.flatten() for each in same]).double().mean() > 0.99
 
@@ -179,7 +177,7 @@ def test_half_gradients_of_float32_parameters():
 
 
 @triton.jit
-def convert_kernel(values, chances, halves, rests, by_chance, back, hashed, count: tl.constexpr):
+def convert_kernel(values, chances, halves, rests, by_chance, back, rounded, hashed, count: tl.constexpr):
     offsets = tl.arange(0, count)
     value = tl.load(values + offsets)
     stored = triton_formats.narrow_bfloat16_split(value)
@@ -190,6 +188,7 @@ def convert_kernel(values, chances, halves, rests, by_chance, back, hashed, coun
     chance = tl.load(chances + offsets).to(tl.uint32, bitcast=True)
     tl.store(by_chance + offsets, triton_formats.narrow_bfloat16_stochastic(value, chance))
     tl.store(back + offsets, triton_formats.join_bfloat16(stored, rest))
+    tl.store(rounded + offsets, triton_formats.round_to_24_bits(value, chance))
     key = tl.full((), 0x89ABCDEF, tl.uint32)
     tl.store(hashed + offsets, triton_formats.hash32(offsets, key).to(tl.int32, bitcast=True))
 
@@ -203,18 +202,26 @@ def test_formats_are_those_of_the_cpu_to_the_bit():
     bits[1024:1032] = [0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0x7F7FFFFF, 1]
     values, chances = bits.view(np.float32), generator.integers(0, 1 << 32, count, np.uint32)
     halves, rests, by_chance = (torch.zeros(n, dtype=torch.uint16) for n in (2 * count, count, count))
-    back, hashed = torch.zeros(count), torch.zeros(count, dtype=torch.int32)
+    back, rounded, hashed = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.int32)
     given = torch.from_numpy(values.copy()), torch.from_numpy(chances.view(np.int32).copy())
-    convert_kernel[(1,)](*given, halves, rests, by_chance, back, hashed, count=count)
+    convert_kernel[(1,)](*given, halves, rests, by_chance, back, rounded, hashed, count=count)
     wanted = [formats.narrow_bfloat16(v) for v in values]
     assert halves[:count].tolist() == wanted
-    split = [formats.narrow_bfloat16_split(v) for v in values]
-    assert halves[count:].tolist() == split
-    assert rests.tolist() == [formats.rest_of_bfloat16(v, h) for v, h in zip(values, split, strict=True)]
+    zero = np.uint32(0)
+    assert list(zip(halves[count:].tolist(), rests.tolist(), strict=True)) == [
+        formats.split_bfloat16(v, zero) for v in values
+    ]
     chance = [formats.narrow_bfloat16_stochastic(v, c) for v, c in zip(values, chances, strict=True)]
     assert by_chance.tolist() == chance
     finite = ~np.isnan(values)
     assert (back.numpy().view(np.uint32)[finite] == bits[finite]).all()
+    assert (rounded.isnan().numpy() != finite).all()
+    pairs = (formats.split_8_bits(v, c) for v, c in zip(values, chances, strict=True))
+    assert rounded.view(torch.int32)[torch.from_numpy(finite)].tolist() == [
+        int(np.float32(formats.join_8_bits(*pair)).view(np.int32))
+        for pair, known in zip(pairs, finite, strict=True)
+        if known
+    ]
     key = np.uint32(0x89ABCDEF)
     assert hashed.numpy().view(np.uint32).tolist() == [formats.hash32(i, key) for i in range(count)]
 

@@ -62,10 +62,16 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "everything"])
+MORE = {
+    "everything": (torch.bfloat16, EVERYTHING),
+    "8 bits": (torch.bfloat16, {"remainder": 8, "state_bits": 8, "use_ema": True}),
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *MORE])
 def test_every_launch_after_the_first_is_as_the_first(name, launched):
     """The first is by Triton's lookup, the others without it."""
-    dtype, options = (torch.bfloat16, EVERYTHING) if name == "everything" else (torch.float32, OPTIONS[name])
+    dtype, options = MORE[name] if name in MORE else (torch.float32, OPTIONS[name])
     gpu_launch._compiled.clear()
     optimizer = stepped(dtype=dtype, **options)
     first = list(launched)

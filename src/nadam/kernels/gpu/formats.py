@@ -8,13 +8,14 @@ import math
 import triton
 import triton.language as tl
 
-from nadam.core import gradient, scalars
-from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT
+from nadam.core import compressed, gradient, scalars
+from nadam.core.dtypes import COMPUTE_DTYPE, SPLIT, SPLIT8
 from nadam.core.rebind import bind_element, bind_scalars
 from nadam.core.scalars import Scalars
 from nadam.kernels.gpu.source import compiled, jitted
 
-_SPLIT = tl.constexpr(SPLIT)
+_SPLIT, _SPLIT8 = tl.constexpr(SPLIT), tl.constexpr(SPLIT8)
+_ROWS, _LANES, _TILE = (tl.constexpr(n) for n in (compressed.ROWS, compressed.LANES, compressed.BLOCK))
 
 
 @triton.jit
@@ -84,8 +85,17 @@ global_clip_factor = compiled(gradient.global_clip_factor, clip_factor=clip_fact
 @triton.constexpr_function
 def memory_type(FORMAT):
     """How an element of a format is loaded; a bfloat16 as 16 bits, like what is "bits" to begin with."""
-    known = {"float16": tl.float16, "float32": tl.float32, "float64": tl.float64}
+    known = {"float16": tl.float16, "float32": tl.float32, "float64": tl.float64, "octets": tl.uint8}
     return known.get(FORMAT, tl.uint16)
+
+
+@triton.jit
+def offsets(BLOCK: tl.constexpr):
+    """The elements of a block, in a row; those of a block of core/compressed.py in its rows."""
+    if BLOCK == _TILE:
+        return tl.arange(0, _ROWS)[:, None] * _LANES + tl.arange(0, _LANES)[None, :]
+    else:  # noqa: RET505  # a branch of the compiler's
+        return tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -94,7 +104,7 @@ def place(address, start, FORMAT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.co
     pointer = address.to(tl.pointer_type(memory_type(FORMAT))) + start
     if WIDE:
         pointer = tl.multiple_of(pointer, 16)
-    return pointer + tl.arange(0, BLOCK)
+    return pointer + offsets(BLOCK)
 
 
 @triton.jit
@@ -106,13 +116,13 @@ def load(
 
     For 16 bytes at once the compiler must also see that ``left`` is a multiple of so many elements.
     """
-    there = tl.arange(0, BLOCK) < left
+    there = offsets(BLOCK) < left
     if MAY_BE_ABSENT:  # a condition made into a block is no mask to the interpreter
-        there = (tl.full((BLOCK,), address, tl.int64) != 0) & there
+        there = (tl.full(there.shape, address, tl.int64) != 0) & there
     values = tl.load(place(address, start, FORMAT, BLOCK, WIDE), mask=there, other=0)
     if FORMAT == "bfloat16":
         values = widen_bfloat16(values)
-    if FORMAT != "bits":
+    if FORMAT != "bits" and FORMAT != "octets":
         values = values.to(memory_type(COMPUTE))
     return values
 
@@ -120,7 +130,7 @@ def load(
 @triton.jit
 def store(address, start, left, values, FORMAT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Narrow values to a format, to nearest, and store the first ``left`` of them."""
-    there = tl.arange(0, BLOCK) < left
+    there = offsets(BLOCK) < left
     tl.store(place(address, start, FORMAT, BLOCK, WIDE), narrow(values, FORMAT), mask=there)
 
 
@@ -168,6 +178,14 @@ def join_bfloat16(half, rest):
 
 
 @triton.jit
+def round_to_24_bits(value, chance):
+    """The upper 24 bits of a float32, up or down, the likelier the nearer, by the upper 8 of chance."""
+    rounded = bits_of(value) + (chance >> 24)
+    quiet = tl.full(rounded.shape, 0x7FC00000, tl.uint32)
+    return ((tl.where(value != value, quiet, rounded) >> 8) << 8).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def hash32(index, key):
     """32 bits that look like chance, of an element and a key: those of `kernels.cpu.plan.hash32`."""
     x = (index.to(tl.uint32) * 0x9E3779B9) ^ key
@@ -190,7 +208,7 @@ def narrow(values, FORMAT: tl.constexpr):
     """What to store in a format, to nearest."""
     if FORMAT == "bfloat16":
         values = narrow_bfloat16(values)
-    elif FORMAT == _SPLIT:
+    elif FORMAT == _SPLIT or FORMAT == _SPLIT8:  # noqa: SIM109  # Triton knows no `in`
         values = narrow_bfloat16_split(values)
     elif FORMAT == "float16":
         values = values.to(tl.float16)

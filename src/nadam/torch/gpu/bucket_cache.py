@@ -71,6 +71,9 @@ class GpuBucketCache(BucketCache):
         if not self._fits(groups, state, position, accumulates):
             present = [param for _, _, param in self._present(groups, state, accumulates)]
             if present and not can_run(present):
+                if self._options.needs_kernel is not None:
+                    wanted = "expected dense parameters of real numbers, all on GPUs, and Triton 3.6 or later"
+                    raise RuntimeError(f"{self._options.needs_kernel}: {wanted}")
                 return None
             position, skipped = self.position(position), skipped + self.skipped()
             self._form(groups, state, [h for h, *_ in now], position, accumulates)

@@ -133,7 +133,7 @@ def _measure(
         COMPUTE=compute,
         ACCUMULATED=h.gradient_accumulation_steps is not None,
         CHECKED=check is not Check.NOTHING,
-        BLOCK=kind.block,
+        BLOCK=min(kind.block, kernels.BLOCK),
     )
 
 
@@ -203,7 +203,7 @@ def _prepare(bucket: Bucket, entries: Any, own: Any, report: Tensor, scale: Any,
         ADAM=settings.adam_correction,
         ACCUMULATED=h.gradient_accumulation_steps is not None,
         FREQUENCY=h.ema_overwrite_frequency if h.use_ema else None,
-        ROUNDED=any(kind.rounded for kind in plan.tables.kinds),
+        ROUNDED=any(kind.rounds for kind in plan.tables.kinds),
         BLOCK=preparing.BLOCK,
     )
 
@@ -214,7 +214,7 @@ def _update(plan: DevicePlan, h: Hyperparameters, kind: Kind) -> None:
         kernels.one_pass,
         kind.programs,
         (plan.tables.rows, kind.chunks, plan.scalars[compute], plan.factors[compute], plan.active, plan.step_key),
-        warps=kernels.WARPS,
+        warps=kind.warps,
         PARAM=kind.param_format,
         GRAD=kind.grad_format,
         COMPUTE=compute,
@@ -223,7 +223,7 @@ def _update(plan: DevicePlan, h: Hyperparameters, kind: Kind) -> None:
         LIMITED=flags.limited,
         COUPLED=flags.penalized,
         AVERAGED=flags.averaged,
-        ROUNDED=kind.rounded,
+        KEPT=kind.kept,
         EACH=h.clipnorm is not None,
         BLOCK=kind.block,
     )

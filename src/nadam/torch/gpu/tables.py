@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nadam.core.dtypes import SPLIT
+from nadam.core.compressed import BLOCK as TILE
+from nadam.core.dtypes import COMPRESSED, HALF, SPLIT8, WIDE
 from nadam.kernels import layout as at
 from nadam.kernels.cpu.pointers import Pointers
-from nadam.kernels.gpu.passes import ALIGNED, CHUNK, EXCLUDED, FLAGS, KEY
+from nadam.kernels.gpu.passes import ALIGNED, BLOCK, CHUNK, EXCLUDED, FLAGS, KEY, TILE_WARPS, WARPS
 from nadam.kernels.strides import address, bounds, overlapping
-from nadam.torch.memory import FORMATS, Array, Methods, check_apart, footprint, watching
+from nadam.torch.compressed import SCALES, has_codes
+from nadam.torch.memory import FORMATS, Array, Methods, check_apart, footprint, param_format, watching
 
 State = dict[str, Any]
 COLUMNS = {
@@ -29,6 +31,7 @@ COLUMNS = {
     "remainder": at.REMAINDER,
 }
 MEMORY = [at.PARAM, at.GRAD, *COLUMNS.values()]
+SCALE_COLUMNS = dict(zip(SCALES.values(), (at.EXP_AVG_SCALE, at.EXP_AVG_SQ_SCALE), strict=True))
 # Tables can be uploaded so many times while CUDA graphs are being captured; each of these copies stays in its graph.
 CAPTURES = 4
 ABSENT = 0  # the address of a gradient that is missing
@@ -40,7 +43,7 @@ class Kind(NamedTuple):
 
     param_format: str
     grad_format: str
-    rounded: bool
+    kept: str  # how the moments are kept
     first: int  # of its chunks
     programs: int
     chunks: Tensor
@@ -51,7 +54,19 @@ class Kind(NamedTuple):
 
         More of a narrow format would have the compiler deal the elements of narrow and wide ones to different threads.
         """
-        return 1024 if self.param_format == self.grad_format == "float32" and not self.rounded else 512
+        if self.kept == COMPRESSED:
+            return TILE
+        return BLOCK if self.param_format == self.grad_format == "float32" and self.kept == WIDE else 512
+
+    @property
+    def warps(self) -> int:
+        """Of a program: so many that each thread has 16 bytes of the widest format, or twice that."""
+        return TILE_WARPS if self.kept == COMPRESSED else WARPS
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return self.kept != WIDE or self.param_format == SPLIT8
 
 
 class Tables:
@@ -78,7 +93,7 @@ class Tables:
             if grad is not None and grad.shape != param.shape:
                 raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}, expected {tuple(param.shape)}")
         columns: dict[int, list[Any]] = {at.PARAM: self.params}
-        columns |= {column: [state.get(name) for state in states] for name, column in COLUMNS.items()}
+        columns |= {column: [state.get(name) for state in states] for name, column in (COLUMNS | SCALE_COLUMNS).items()}
         named = [(f"params[{i}]", t) for ts in columns.values() for i, t in enumerate(ts) if t is not None]
         self._written = check_apart(named, []) if written is None else written
         ranges = sorted(bounds(array) for array in self._written if array.size)
@@ -197,10 +212,10 @@ class Tables:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.clone()
 
 
-def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, bool]:
-    own = FORMATS[param.dtype]
-    split, rounded = state.get("remainder") is not None, state["exp_avg"].dtype == torch.bfloat16
-    return SPLIT if split else own, own if grad is None else FORMATS[grad.dtype], rounded
+def _formats(param: Tensor, grad: Tensor | None, state: State) -> tuple[str, str, str]:
+    own, kept = FORMATS[param.dtype], HALF if state["exp_avg"].dtype == torch.bfloat16 else WIDE
+    kept = COMPRESSED if has_codes(state) else kept
+    return param_format(param, state.get("remainder")), own if grad is None else FORMATS[grad.dtype], kept
 
 
 def in_step(tensor: Tensor, param: Tensor) -> bool:
