@@ -264,6 +264,34 @@ def test_damaged_codes_are_refused_and_nothing_changes(damage, message):
     assert all(map(torch.equal, bits(optimizer, params), before))
 
 
+def test_draws_do_not_depend_on_how_a_gradient_lies():
+    """Both kinds of stochastic rounding at once, of a tensor in several chunks; a strided gradient comes in pieces."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = torch.nn.Parameter(torch.ones(8, 64, 12, 12, dtype=torch.bfloat16))
+        optimizer = NAdam([param], lr=0.01, remainder=8, exp_avg_dtype=torch.bfloat16)
+        for i in range(2):
+            grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)
+            param.grad = grad.to(memory_format=layout)
+            optimizer.step()
+        found.append(bits(optimizer, [param]))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("scales", [
+    torch.zeros(64, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)[::2], torch.zeros(128),
+], ids=["short", "strided", "dtype"])  # fmt: skip
+def test_scales_that_do_not_fit_are_refused(scales):
+    params = parameters(shapes=[(60, 64)], dtype=torch.float32) + parameters(shapes=[(4096,)])
+    optimizer = NAdam(params, state_bits=8)
+    train(optimizer, params, 2)
+    optimizer.state[params[1]]["exp_avg_scale"] = scales
+    before = bits(optimizer, params)
+    with pytest.raises(ValueError, match=r"exp_avg_scale: .*expected contiguous torch.uint8 of shape \(128,\)"):
+        optimizer.step()
+    assert all(map(torch.equal, bits(optimizer, params), before))
+
+
 def test_nadamw_keeps_8_bits_too():
     params, others = (parameters(torch.bfloat16, shapes=SHAPES) for _ in range(2))
     ours = NAdamW(params, remainder=8, state_bits=8, seed=2)

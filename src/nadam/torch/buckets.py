@@ -221,7 +221,11 @@ def cast_state(param: Tensor, state: State, options: StateOptions) -> None:
     strides = torch.empty_like(param.detach(), memory_format=torch.preserve_format, device="meta").stride()
     for name, place in PLACES.items():
         tensor = state.get(name)
-        if tensor is None or name in SCALES.values():
+        if name in SCALES.values():
+            if tensor is not None:
+                _check_scales(name, tensor, param)
+            continue
+        if tensor is None:
             continue
         if tensor.shape != param.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but its parameter has {tuple(param.shape)}")
@@ -229,6 +233,14 @@ def cast_state(param: Tensor, state: State, options: StateOptions) -> None:
         fits = tensor.dtype == wanted and tensor.device == param.device and tensor.stride() == strides
         if not fits or tensor.is_neg() or tensor.is_conj():
             state[name] = zeros_beside(param, place, wanted).copy_(tensor)
+
+
+def _check_scales(name: str, tensor: Tensor, param: Tensor) -> None:
+    """That scales which somebody has set are as many bytes as the kernels read."""
+    wanted = torch.uint8, (num_scales(param.numel()),), param.device, True
+    if (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous()) != wanted:
+        found = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name}: {found}, expected contiguous torch.uint8 of shape {wanted[1]} on {param.device}")
 
 
 def zeros_beside(param: Tensor, place: int, dtype: torch.dtype) -> Tensor:

@@ -168,12 +168,12 @@ def one_pass(
         return first, second
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key):
+    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key, even_key):
         if halved or split:
             compute_bound()
         for i in range(n):
             old = widen_bfloat16(m[i]) if halved else m[i]
-            bits = noise(i, key) if noisy else uint32(0)
+            bits = noise(i, even_key) if noisy else uint32(0)
             first, second = advance(i, old, v[i], p, r, g, e, a, s, factor, decay, bits)
             m[i] = narrow_bfloat16_stochastic(first, hash32(start + i, key)) if halved else first
             v[i] = second
@@ -222,8 +222,7 @@ def one_pass(
         e, a = values(row[at.EMA] + start * width), values(row[at.ACCUMULATOR] + start * width)
         factor, decay = values(b[at.EXTRA])[tensor], values(b[at.EXTRA + 1])[tensor]
         key = keys(b[at.EXTRA + 3])[tensor] if halved or noisy else uint32(0)
-        if noisy:
-            key = noise(start, key)  # so that within the loops indices are small
+        even_key = noise(start, key)  # so that within the loops indices are small
         s = scalars(b[at.EXTRA + 2])
         if compressed:
             m, v = octets(row[at.EXP_AVG] + start), octets(row[at.EXP_AVG_SQ] + start)
@@ -232,7 +231,26 @@ def one_pass(
             soon = start + AHEAD
             p_next, g_next = row[at.PARAM] + soon * p_width, row[at.GRAD] + soon * g_width
             m_next, v_next = row[at.EXP_AVG] + soon, row[at.EXP_AVG_SQ] + soon
-            args = p, r, g, m, v, m_scales, v_scales, e, a, count, s, factor, decay, key, p_next, g_next, m_next, v_next
+            args = (
+                p,
+                r,
+                g,
+                m,
+                v,
+                m_scales,
+                v_scales,
+                e,
+                a,
+                count,
+                s,
+                factor,
+                decay,
+                even_key,
+                p_next,
+                g_next,
+                m_next,
+                v_next,
+            )
             if count == BLOCK:
                 whole_block(*args)
             else:
@@ -240,7 +258,7 @@ def one_pass(
         else:
             m = halves(row[at.EXP_AVG] + start * 2) if halved else values(row[at.EXP_AVG] + start * width)
             v = values(row[at.EXP_AVG_SQ] + start * width)
-            elements(p, r, g, m, v, e, a, count, s, factor, decay, start, key)
+            elements(p, r, g, m, v, e, a, count, s, factor, decay, start, key, even_key)
         close_param(p, row[at.PARAM], param_layout, start, count)
 
     return shared(body, compressed)
