@@ -24,16 +24,27 @@ from nadam.jax import fused, nadam, nadamw
 STEPS, BATCH = 6, 4
 CLIP, BAD_STEP = 0.5, 2
 # By shape, which tells a parameter and its state from the others.
-SPECS = {(8, 12): P("row", "column"), (16, 3): P("row"), (8,): P(("row", "column")), (5,): P()}
+SPECS = {
+    (8, 12): P("row", "column"),
+    (16, 3): P("row"),
+    (8,): P(("row", "column")),
+    (5,): P(),
+    (64, 80): P("row", "column"),  # large enough for 8 bits
+}
 OPTIMIZERS = {
     "nadam": lambda: nadam(0.05, eps=1e-3, momentum_decay=0.004),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(CLIP), nadamw(0.05, eps=1e-3, weight_decay=0.1)),
     "fused": lambda: fused(0.05, eps=1e-3, global_clipnorm=CLIP, weight_decay=0.1, use_ema=True),
     "accumulated": lambda: fused(0.05, eps=1e-3, clipnorm=CLIP, gradient_accumulation_steps=2),
     "skip": lambda: fused(0.05, eps=1e-3, global_clipnorm=CLIP, skip_nonfinite=True),
+    "8 bits": lambda: fused(0.05, eps=1e-3, state_bits=8, skip_nonfinite=True),
 }
 # How state is made, and for which of them.
-WAYS = {"init": list(OPTIMIZERS), "jitted init": ["nadam", "chain", "fused"], "explicit": ["nadam", "chain", "fused"]}
+WAYS = {
+    "init": list(OPTIMIZERS),
+    "jitted init": ["nadam", "chain", "fused"],
+    "explicit": ["nadam", "chain", "fused", "8 bits"],
+}
 # What is split between two processes, with the mesh for that, and for which of them.
 BETWEEN = {"batches": ((2, 1, 2), ["chain", "fused"]), "parameters": ((1, 2, 2), ["chain", "fused", "skip"])}
 

@@ -13,9 +13,9 @@ from training import apart
 
 from nadam.core.counters import CALLS, SKIPPED
 from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.rounding import keys
 from nadam.core.scalars import coefficients
 from nadam.kernels.cpu import formats
-from nadam.kernels.cpu.plan import keys
 from nadam.kernels.gpu import formats as triton_formats
 from nadam.kernels.gpu import prepare as triton_prepare
 from nadam.kernels.gpu.passes import ALIGNED, CHUNK, FLAGS, SCALARS

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 Array = Any  # of NumPy or JAX
 
@@ -89,7 +88,9 @@ def narrow(first: Array, second: Array, chance: Array, bits: Bits = NUMPY) -> An
     fraction = bits.to_float((chance & np.uint32(0x3FFF)) | np.uint32(0x44400000))
     whole = bits.of_float(first * per_unit + fraction) >> np.uint32(14)
     above = second + (chance >> np.uint32(13)) - (second_scale << np.uint32(23))[:, None]
-    codes = xp.maximum(above.astype(xp.int32) >> np.int32(19), np.int32(0)).astype(xp.uint8)
+    # A compiler that computes moments once for the scales and again for the codes may give them another last bit: 256
+    # would then be code 0, the smallest of the group.
+    codes = xp.clip(above.astype(xp.int32) >> np.int32(19), np.int32(0), np.int32(255)).astype(xp.uint8)
     return whole.astype(xp.uint8).astype(xp.int8), codes, first_scale.astype(xp.uint8), second_scale.astype(xp.uint8)
 
 
@@ -100,11 +101,13 @@ def _exponent(xp: Any, magnitudes: Array, margin: int, less: int, least: int) ->
     return xp.where(exponent >= 255, np.uint32(255), scale) if least else scale
 
 
-def in_blocks(flat: NDArray[Any]) -> NDArray[Any]:
-    """Elements in their order of memory as blocks, the last one filled with zeros."""
-    padded = np.zeros(-(-flat.size // BLOCK) * BLOCK, flat.dtype)
-    padded[: flat.size] = flat
-    return padded.reshape(-1, ROWS, LANES)
+def in_blocks(array: Array, bits: Bits = NUMPY) -> Array:
+    """Elements in C order as blocks, the last one filled with zeros."""
+    return bits.xp.pad(array.reshape(-1), (0, -array.size % BLOCK)).reshape(-1, ROWS, LANES)
+
+
+def _like(array: Array, blocks: Array) -> Array:
+    return blocks.reshape(-1)[: array.size].reshape(array.shape)
 
 
 def check_state_options(state_bits: int | None, seed: int) -> None:
@@ -119,8 +122,10 @@ def check_state_options(state_bits: int | None, seed: int) -> None:
         raise ValueError(f"seed={seed!r}: expected an integer, 0 <= seed < 2**32")
 
 
-def widened(first: Array, second: Array, first_scale: Array, second_scale: Array) -> tuple[Array, Array]:
-    """Moments in float32, from codes and scales in their order of memory.
+def widened(
+    first: Array, second: Array, first_scale: Array, second_scale: Array, *, bits: Bits = NUMPY
+) -> tuple[Array, Array]:
+    """Moments in float32, from codes and scales in C order.
 
     Example:
         >>> first, second = np.linspace(-1, 1, 5000, dtype=np.float32), np.ones(5000, np.float32)
@@ -129,12 +134,15 @@ def widened(first: Array, second: Array, first_scale: Array, second_scale: Array
         (True, True)
     """
     scales = first_scale.reshape(-1, LANES), second_scale.reshape(-1, LANES)
-    wide = widen(in_blocks(first), in_blocks(second), *scales)
-    return wide[0].reshape(-1)[: first.size], wide[1].reshape(-1)[: first.size]
+    wide = widen(in_blocks(first, bits), in_blocks(second, bits), *scales, bits)
+    return _like(first, wide[0]), _like(first, wide[1])
 
 
-def narrowed(first: Array, second: Array) -> tuple[Array, Array, Array, Array]:
-    """Codes of moments in their order of memory, rounded to nearest, and their scales."""
-    half = np.uint32(1 << 31 | 1 << 13)  # of what is rounded away: 19 bits above and 14 below
-    *codes, a, b = narrow(in_blocks(first), in_blocks(second), half)
-    return codes[0].reshape(-1)[: first.size], codes[1].reshape(-1)[: first.size], a.reshape(-1), b.reshape(-1)
+def narrowed(first: Array, second: Array, *, key: Any = None, bits: Bits = NUMPY) -> tuple[Array, Array, Array, Array]:
+    """Codes of moments in C order, rounded by a key or to nearest, and their scales."""
+    blocks = in_blocks(first, bits), in_blocks(second, bits)
+    chance: Array = np.uint32(1 << 31 | 1 << 13)  # half of what is rounded away: 19 bits above and 14 below
+    if key is not None:
+        chance = noise(bits.xp.arange(blocks[0].size, dtype=np.uint32), key).reshape(blocks[0].shape)
+    *codes, a, b = narrow(*blocks, chance, bits)
+    return _like(first, codes[0]), _like(first, codes[1]), a.reshape(-1), b.reshape(-1)

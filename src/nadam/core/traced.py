@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nadam.core.dtypes import SHRINK, SMALLEST_NORMAL
 from nadam.core.element import Flags
 from nadam.core.gradient import Check, largest_passing
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.library import mathematics
+from nadam.core.rounding import hash32, step_key
 from nadam.core.scalars import Scalars
 
 Array = Any
@@ -22,13 +25,23 @@ When = Callable[[Any, Callable[[Any, Any], Any], Any], Any]
 
 
 class Tensor(NamedTuple):
-    """One parameter with its state; moments, average and accumulator have the dtype that the rule computes in."""
+    """One parameter with its state; moments, average and accumulator have the dtype that the rule computes in.
+
+    But where there are scales the moments are codes of 8 bits (compressed.py).
+    """
 
     param: Array
     exp_avg: Array
     exp_avg_sq: Array
     ema: Array | None
     accumulator: Array | None
+    exp_avg_scale: Array | None = None
+    exp_avg_sq_scale: Array | None = None
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the rule computes in."""
+        return dtype_of(self.exp_avg) if self.exp_avg_scale is None else "float32"
 
 
 class ParamInfo(NamedTuple):
@@ -77,6 +90,11 @@ class Pass(NamedTuple):
     factors: list[Array]  # what multiplies the gradients; one for all, or one each
     flags: Flags
     early: bool  # whether nothing has asked for all gradients together: each is needed only where it is used
+    step_key: Array | None = None  # of stochastic rounding, where there are scales
+
+    def keys(self, members: Sequence[int]) -> Array:
+        """The keys of these tensors, uint32."""
+        return hash32(np.array(members, np.uint32), self.step_key)
 
     def factor(self, i: int) -> Array:
         """What multiplies one gradient."""
@@ -101,6 +119,8 @@ class Means(NamedTuple):
         measure: (tensors, gradients, inv_scale, accumulated, check) -> norms and whether all values pass, by a kernel;
             None where it cannot.
         cleared: A tensor after the update by loops, with its accumulator at zero.
+        widened: A tensor with moments of 8 bits with them in float32.
+        narrowed: (old tensor, new one, key) -> the new one with its moments in 8 bits again.
     """
 
     when: When
@@ -108,6 +128,8 @@ class Means(NamedTuple):
     one_pass: OnePass = lambda *_: {}
     measure: Callable[..., tuple[Array, Array] | None] = lambda *_: None
     cleared: Callable[[Tensor, Any], Tensor] = lambda tensor, _: tensor
+    widened: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    narrowed: Callable[[Tensor, Tensor, Array], Tensor] = lambda _, tensor, key: tensor
 
 
 def dtype_of(array: Array) -> str:
@@ -128,11 +150,20 @@ def eps_in(xp: Any, eps: Array, dtype: str) -> Array:
 
 
 def call(
-    xp: Any, h: Hyperparameters, infos: Infos, means: Means, before: Progress, grads: Grads, now: Now, inv_scale: Any
+    xp: Any,
+    h: Hyperparameters,
+    infos: Infos,
+    means: Means,
+    before: Progress,
+    grads: Grads,
+    now: Now,
+    inv_scale: Any,
+    seed: int = 0,
 ) -> tuple[Progress, Measured]:
     """One call: an update, or one more gradient for the accumulators.
 
-    Constants among ``now`` are Python's floats, from which 1 - beta is computed in float64.
+    Constants among ``now`` are Python's floats, from which 1 - beta is computed in float64. ``seed`` is that of
+    stochastic rounding.
     """
     steps, (calls, product, tensors) = h.gradient_accumulation_steps, before
     given = [i for i, grad in enumerate(grads) if grad is not None]
@@ -163,7 +194,8 @@ def call(
         if steps and h.measures_norm and complete:
             taken = (means.measure(old.tensors, grads, inv_scale, True, Check.NOTHING) or (None,))[0]
         state = calls // (steps or 1), old.momentum_product, old.tensors
-        return update(xp, h, infos, means, Progress(*state), grads, now, inv_scale, norms=taken, running=running)
+        before = Progress(*state)
+        return update(xp, h, infos, means, before, grads, now, inv_scale, norms=taken, running=running, seed=seed)
 
     begin = Outcome(tensors, product, *[xp.zeros_like(product)] * 2)
     tensors, product, *seen = means.when(updates, updated_state, begin)
@@ -185,7 +217,7 @@ def usable(xp: Any, grads: Sequence[Array], tensors: Sequence[Tensor], inv_scale
     """Whether all values of all gradients pass a check."""
     passed = []
     for grad, tensor in zip(grads, tensors, strict=True):
-        dtype = dtype_of(tensor.exp_avg)
+        dtype = tensor.compute_dtype
         magnitudes = xp.abs(xp.cast(grad, dtype) * scalar(xp, inv_scale, dtype))
         passed.append(xp.all(magnitudes <= largest_passing(dtype, check)))
     return xp.all(xp.stack(passed)) if passed else xp.convert_to_tensor(True, dtype="bool")
@@ -209,6 +241,7 @@ def update(
     *,
     norms: Array | None = None,
     running: Any = True,
+    seed: int = 0,
 ) -> Outcome:
     """One update; the arguments are those of `call`, but ``before`` counts updates. ``norms``: where they are known."""
     m, steps, (updates, momentum_product, tensors) = mathematics(xp), h.gradient_accumulation_steps, before
@@ -227,14 +260,24 @@ def update(
     early = not (h.measures_norm or h.skip_nonfinite or steps)
     common = list(means.barrier([scalar(xp, value, dtype) for value in (*s, *factors)]))
     everything = Pass(grads, whole, Scalars._make(common[: len(s)]), common[len(s) :], h.flags, early)
+    if any(tensor.exp_avg_scale is not None for tensor in tensors):
+        (key,) = means.barrier([step_key(seed, updates + 1)])
+        everything = everything._replace(step_key=key)
     done = means.one_pass(everything, tensors, infos)
     new = []
     for i, (tensor, info) in enumerate(zip(tensors, infos, strict=True)):
-        result = done[i] if i in done else updated(xp, h, everything, i, tensor, info)
+        if i in done:
+            result = done[i]
+        elif tensor.exp_avg_scale is None:
+            result = updated(xp, h, everything, i, tensor, info)
+        else:
+            wide = updated(xp, h, everything, i, means.widened(tensor), info)
+            result = means.narrowed(tensor, wide, everything.keys([i]))
         if grads[i] is None:  # it moves if it had a gradient earlier in this window
             seen = xp.any(tensor.accumulator != 0)
-            kept = [None if n is None else xp.where(seen, n, o) for n, o in zip(result[:4], tensor[:4], strict=True)]
-            result = Tensor._make([*kept, tensor.accumulator])
+            pairs = zip(result._replace(accumulator=None), tensor, strict=True)
+            kept = Tensor._make(None if new is None else xp.where(seen, new, old) for new, old in pairs)
+            result = kept._replace(accumulator=tensor.accumulator)
         new.append(means.cleared(result, running) if steps and i not in done else result)
     return Outcome(new, product, grad_norm, factor)
 
@@ -271,7 +314,7 @@ def summed(xp: Any, tensors: Sequence[Tensor], grads: Grads, inv_scale: Any) -> 
     gradients = []
     for grad, tensor in zip(grads, tensors, strict=True):
         if tensor.accumulator is None:
-            gradients.append(xp.cast(grad, dtype_of(tensor.exp_avg)))
+            gradients.append(xp.cast(grad, tensor.compute_dtype))
         elif grad is None:
             gradients.append(tensor.accumulator)
         else:

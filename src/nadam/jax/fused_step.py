@@ -15,18 +15,20 @@ from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
+from nadam.core.compressed import check_state_options
 from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import BiasCorrection, Hyperparameters, Now, current
 from nadam.core.names import known_arguments
 from nadam.core.step import StepReport
 from nadam.core.traced import ParamInfo, Progress, Tensor, call
 from nadam.jax.checks import SPELLING, alike, check_floating, check_trainable, number
-from nadam.jax.fused_state import LAST_COUNT, LIKE_PARAMS, FusedState, check_state, new_state
+from nadam.jax.fused_state import LAST_COUNT, LIKE_PARAMS, SCALES, FusedState, check_state, columns, new_state
 from nadam.jax.step import XP, is_traced, means
 from nadam.jax.trees import as_type, chosen, dtype_of, is_weak, layers
 from nadam.kernels.xla import ffi
 
 WORTH_A_WARNING = 1 << 20  # elements that are copied at each step
+PARTS = (*LIKE_PARAMS, *SCALES)
 
 
 class Fused(NamedTuple):
@@ -40,6 +42,8 @@ class Fused(NamedTuple):
         finalize: (state, params) -> params: their moving averages, with ``use_ema``.
         settings: What it was made with, checked.
         mask: Which parameters decay, as it was given.
+        state_bits: How moments are kept, likewise.
+        seed: Of their rounding, likewise.
     """
 
     init: Callable[[Any], FusedState]
@@ -47,6 +51,8 @@ class Fused(NamedTuple):
     finalize: Callable[[FusedState, Any], Any]
     settings: Hyperparameters
     mask: Any
+    state_bits: int | None = None
+    seed: int = 0
 
     @property
     def update(self) -> NoReturn:
@@ -112,6 +118,8 @@ def fused(
     gradient_accumulation_steps: int | None = None,
     skip_nonfinite: bool = False,
     track_grad_norm: bool = False,
+    state_bits: int | None = None,
+    seed: int = 0,
 ) -> Fused:
     """Nadam as one function ``(grads, state, params) -> (params, state)``, from the loss scale to the moving average.
 
@@ -141,6 +149,10 @@ def fused(
             nothing but the number of skipped calls.
         track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
             them.
+        state_bits: 8 to keep both moments of each parameter of at least 4,096 elements, none of float64, in a byte
+            each, with a byte more for each 32 (core/compressed.py), stochastically rounded; None for the dtype that is
+            computed in.
+        seed: Of that rounding, ``0 <= seed < 2**32``; it also depends on the step, so a resumed run goes on alike.
 
     Returns:
         Its functions.
@@ -166,6 +178,7 @@ def fused(
     use_ema, skip_nonfinite, track_grad_norm = map(bool, (use_ema, skip_nonfinite, track_grad_norm))
     momentum_decay = float("inf") if momentum_decay is None else momentum_decay
     h = hyperparameters(locals(), SPELLING)
+    check_state_options(state_bits, seed)
     for name, value in (("b1", b1), ("b2", b2)):
         if callable(value):
             raise TypeError(f"{name}={value!r}: expected a number")
@@ -183,19 +196,17 @@ def fused(
         check_state(h, state)
         given = alike("grads", grads, "params", treedef, leaves)
         check_floating("grads", given)
-        trees = {name: tree for name in LIKE_PARAMS if (tree := getattr(state, name)) is not None}
-        columns = {name: alike(f"state.{name}", tree, "params", treedef, leaves) for name, tree in trees.items()}
+        fields, absent = columns(state, state_bits, params, treedef, leaves), [None] * len(leaves)
         rate = number("learning_rate", current(h.lr, state.count) if learning_rate is None else learning_rate)
         inv_scale = 1.0 if loss_scale is None else 1.0 / number("loss_scale", loss_scale)
         known = treedef, *chosen(mask, params, treedef)
         if known not in programs:
-            programs[known] = _program(h, list(map(ParamInfo, known[1:], repeat(None), layers(params))))
-        absent = [None] * len(leaves)
-        tensors = list(map(Tensor, leaves, *(columns.get(name, absent) for name in LIKE_PARAMS)))
+            programs[known] = _program(h, list(map(ParamInfo, known[1:], repeat(None), layers(params))), seed)
+        tensors = list(map(Tensor, leaves, *(fields.get(name, absent) for name in PARTS)))
         before = Progress(state.count, state.mu_product, tensors)
         after, beyond, seen = programs[known](before, state.beyond, state.last_step, given, rate, inv_scale)
-        new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 5
-        kept = {name: tree for name, tree in zip(LIKE_PARAMS, new[1:], strict=True) if name in trees}
+        new = [treedef.unflatten(column) for column in zip(*after.tensors, strict=True)] if leaves else [params] * 7
+        kept = {name: tree for name, tree in zip(PARTS, new[1:], strict=True) if getattr(state, name) is not None}
         counters = {"count": after.calls, "mu_product": after.product, "last_step": seen, "beyond": beyond}
         return new[0], state._replace(**counters, **kept)
 
@@ -204,7 +215,7 @@ def fused(
             raise RuntimeError("use_ema=False: there is no moving average")
         return jax.tree.map(lambda ema, param: as_type(ema, dtype_of(param), is_weak(param)), state.ema, params)
 
-    return Fused(partial(new_state, h), step, finalize, h, mask)
+    return Fused(partial(new_state, h, state_bits), step, finalize, h, mask, state_bits, seed)
 
 
 @cache
@@ -225,7 +236,7 @@ def _period(h: Hyperparameters) -> int:
     return whole if whole <= LAST_COUNT // 2 else steps
 
 
-def _program(h: Hyperparameters, infos: list[ParamInfo]) -> Callable[..., Any]:
+def _program(h: Hyperparameters, infos: list[ParamInfo], seed: int) -> Callable[..., Any]:
     """The call, by the kernels where they can be used; under vmap and grad by loops, which JAX can transform."""
     steps, period = h.gradient_accumulation_steps or 1, _period(h)
 
@@ -235,7 +246,8 @@ def _program(h: Hyperparameters, infos: list[ParamInfo]) -> Callable[..., Any]:
             stays = count == LAST_COUNT
             before = before._replace(calls=jnp.where(stays, LAST_COUNT - period + beyond, count))
             now = Now(rate, h.beta1, h.beta2)
-            after, (norm, factor, skipped) = call(XP, h, infos, means(kernels, in_place), before, grads, now, inv_scale)
+            given = means(kernels, in_place), before, grads, now, inv_scale
+            after, (norm, factor, skipped) = call(XP, h, infos, *given, seed=seed)
             tensors = [_like(old, new) for old, new in zip(before.tensors, after.tensors, strict=True)]
             count += jnp.where(stays | skipped, 0, 1)
             beyond = (beyond + jnp.where(stays & ~jnp.asarray(skipped), 1, 0)) % period

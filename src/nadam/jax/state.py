@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -12,7 +13,7 @@ from jax import numpy as jnp
 
 from nadam.core.scalars import momentum_product
 from nadam.jax.checks import alike, check_floating, check_trainable, number
-from nadam.jax.fused_state import LAST_COUNT, FusedState
+from nadam.jax.fused_state import LAST_COUNT, FusedState, wide_moments, with_moments
 from nadam.jax.transforms import NadamState
 
 
@@ -37,7 +38,8 @@ def from_optax(
         gradient_accumulation_steps: As of the optimizer that is to go on: the window of `fused` starts anew.
 
     Returns:
-        ``like`` with the moments and the count of ``state``; averages, accumulators and the like are kept.
+        ``like`` with the moments and the count of ``state``; averages, accumulators and the like are kept. With
+        ``state_bits=8`` moments are rounded to nearest, of which a warning says what is lost.
 
     Raises:
         ValueError: There is not one such state in it, or it is of other parameters, or holds NaN or infinity.
@@ -59,7 +61,8 @@ def from_optax(
         check_floating(f"state ({name})", given, jax.tree.leaves(kept))
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in given):
             raise ValueError(f"state ({name}): it holds NaN or infinity")
-        cast = [jnp.asarray(leaf).astype(own.dtype) for leaf, own in zip(given, jax.tree.leaves(kept), strict=True)]
+        dtypes = ["float32" if own.dtype.kind in "iu" else own.dtype for own in jax.tree.leaves(kept)]  # of codes
+        cast = [jnp.asarray(leaf).astype(dtype) for leaf, dtype in zip(given, dtypes, strict=True)]
         moments[name] = treedef.unflatten(cast)
     updates = int(theirs.count)
     if updates < 0:
@@ -76,6 +79,10 @@ def from_optax(
         steps = gradient_accumulation_steps or 1
         fields["count"] = jnp.int32(min(updates, LAST_COUNT // steps) * steps)
         fields["last_step"] = ours.last_step._replace(step=jnp.int32(updates))
+        if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(ours.mu)):
+            lost = "each second moment to within 1/32 of itself, each first one to within 1/127 of the largest of 32"
+            warnings.warn(f"state_bits=8: moments of large parameters are rounded: {lost}", stacklevel=2)
+        ours = with_moments(ours, fields.pop("mu"), fields.pop("nu"))
     return replaced(like, ours._replace(**fields))
 
 
@@ -94,7 +101,7 @@ def to_optax(state: Any, params: Any = None) -> Any:
         ValueError: There is none of our states in it; gradients have been accumulated in it.
     """
     ours = the_one(state, "state")
-    mu, nu = ours.mu, ours.nu
+    mu, nu = wide_moments(ours) if isinstance(ours, FusedState) else (ours.mu, ours.nu)
     if params is not None:
         check_trainable(params, or_complex=True)
         mu, nu = (jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, params) for tree in (mu, nu))

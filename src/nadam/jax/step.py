@@ -10,6 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from nadam.core import traced
+from nadam.jax import compressed
 from nadam.kernels.xla import ffi
 
 Array = Any
@@ -41,7 +42,13 @@ def means(kernels: bool, in_place: bool = True) -> traced.Means:
     What a call does is chosen ``in_place`` by loops of one round or none, which XLA lets work in place; a conditional
     would copy all that it passes on, but can be differentiated backwards.
     """
-    made = traced.Means(_once if in_place else _conditional, lax.optimization_barrier, cleared=_cleared)
+    made = traced.Means(
+        _once if in_place else _conditional,
+        lax.optimization_barrier,
+        cleared=_cleared,
+        widened=compressed.widened,
+        narrowed=compressed.narrowed,
+    )
     return made._replace(one_pass=ffi.one_pass, measure=ffi.measure) if kernels else made
 
 
@@ -67,7 +74,7 @@ def _cleared(tensor: traced.Tensor, running: Any) -> traced.Tensor:
 
     A plain constant would be written first, and XLA would keep a copy of the accumulator for the others.
     """
-    done = tensor.exp_avg + tensor.exp_avg_sq + tensor.param.astype(tensor.exp_avg.dtype)
+    done = sum(each.astype(tensor.compute_dtype) for each in tensor[:3])
     return tensor._replace(accumulator=jnp.where(running, jnp.zeros_like(done), done))
 
 

@@ -158,7 +158,7 @@ class Backend:
         changed = [
             (variable, other)
             for i, old, new in zip(indices, before.tensors, after.tensors, strict=True)
-            for variable, one, other in zip(slots[i][:5], old, new, strict=True)
+            for variable, one, other in zip(slots[i][:5], old[:5], new[:5], strict=True)
             if variable is not None and one is not other
         ]
         changed += [(optimizer._iterations, after.calls), (optimizer._momentum_product, after.product)]

@@ -21,9 +21,9 @@ from nadam.core.element import Flags
 from nadam.core.gradient import Check
 from nadam.core.hyperparameters import Hyperparameters, Now
 from nadam.core.library import mathematics
+from nadam.core.rounding import keys
 from nadam.core.scalars import Scalars, clamp_eps
 from nadam.core.step import Bucket, Factors
-from nadam.kernels.cpu.plan import keys
 from nadam.torch.buckets import STATE_DTYPES
 from nadam.torch.memory import real
 

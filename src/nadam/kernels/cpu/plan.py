@@ -17,6 +17,7 @@ from nadam.core.counters import CounterBuffers
 from nadam.core.dtypes import SHRINK, WIDE
 from nadam.core.element import Flags
 from nadam.core.gradient import Check
+from nadam.core.rounding import keys
 from nadam.core.scalars import Scalars, Settings
 from nadam.core.step import Bucket, Factors
 from nadam.kernels import layout as at
@@ -199,25 +200,3 @@ class KernelPlan:
             same = isinstance(grad_factors, float)
             group.set_multipliers(grad_factors if same else np.take(grad_factors, group.members).tolist(), s.decay)
             group.update(s, flags._replace(averaged=flags.averaged and group.averaged), buffers)
-
-
-def hash32(index: NDArray[np.uint32], key: int | NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """32 bits that look like chance, of an index and a key: Wellons's lowbias32, a finalizer of murmur3's kind.
-
-    Example:
-        >>> hash32(np.arange(2, dtype=np.uint32), 7).tolist()
-        [2492178918, 2803216774]
-    """
-    x = index * np.uint32(0x9E3779B9) ^ np.asarray(key, np.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ x >> np.uint32(shift)) * np.uint32(factor)
-    made: NDArray[np.uint32] = x ^ x >> np.uint32(16)
-    return made
-
-
-def keys(seed: int, step: int, members: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """The keys of stochastic rounding: ``hash32(tensor, hash32(step, seed))``.
-
-    Element i of a tensor is then rounded by the upper 16 bits of ``hash32(i, key)``.
-    """
-    return hash32(members.astype(np.uint32), hash32(np.array([step & 0xFFFFFFFF], np.uint32), seed))

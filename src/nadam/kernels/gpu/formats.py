@@ -187,7 +187,7 @@ def round_to_24_bits(value, chance):
 
 @triton.jit
 def hash32(index, key):
-    """32 bits that look like chance, of an element and a key: those of `kernels.cpu.plan.hash32`."""
+    """32 bits that look like chance, of an element and a key: those of `core.rounding.hash32`."""
     x = (index.to(tl.uint32) * 0x9E3779B9) ^ key
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B

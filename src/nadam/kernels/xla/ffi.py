@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from nadam.core.dtypes import COMPUTE_DTYPE
+from nadam.core.dtypes import COMPRESSED, COMPUTE_DTYPE, WIDE
 from nadam.core.gradient import Check, largest_passing
 from nadam.core.traced import ParamInfo, Pass, Tensor, dtype_of
 from nadam.kernels.cpu import machine_code
@@ -40,7 +40,7 @@ def one_pass(p: Pass, tensors: Sequence[Tensor], infos: Sequence[ParamInfo]) -> 
     until the last one is there. It waits for the gradients of the layer before, since the backward pass reads the
     parameters of a layer until then: XLA would copy what is written before its last reading.
     """
-    alike: dict[tuple[str, str], list[int]] = {}
+    alike: dict[tuple[str, str, bool], list[int]] = {}
     large: dict[int, list[int]] = {}
     early = p.early and len({info.layer for info in infos}) > 1
     for i, (tensor, grad, info) in enumerate(zip(tensors, p.gradients, infos, strict=True)):
@@ -49,7 +49,7 @@ def one_pass(p: Pass, tensors: Sequence[Tensor], infos: Sequence[ParamInfo]) -> 
             if early and tensor.param.size >= LARGE:
                 large.setdefault(info.layer, []).append(i)
             else:
-                alike.setdefault(kind, []).append(i)
+                alike.setdefault((*kind, tensor.exp_avg_scale is None), []).append(i)
     done: dict[int, Tensor] = {}
     before: list[Array] = []
     for _, members in sorted(large.items()):
@@ -74,10 +74,14 @@ def _updated(
     operands = [_vector(s, own), _vector(factors, own), _vector(decays, own) * s.decay.astype(own)]
     grads = [p.gradients[i] for i in members]
     fields = ["param", "exp_avg", "exp_avg_sq", *["ema"] * flags.averaged, *["accumulator"] * flags.accumulated]
+    kept = WIDE if tensors[first].exp_avg_scale is None else COMPRESSED
+    if kept == COMPRESSED:
+        fields += ["exp_avg_scale", "exp_avg_sq_scale"]
+        operands.append(p.keys(members))
     state = [getattr(tensors[i], field) for field in fields for i in members]
     # An operand that the handler does not look at, but that the call has to wait for.
     last = [_vector([each.reshape(-1)[0] for each in before], own)] if before else []
-    results = _call("one_pass", (*formats, *flags), [*operands, *grads], grads, state, after=last)
+    results = _call("one_pass", (*formats, *flags, kept), [*operands, *grads], grads, state, after=last)
     return {
         i: tensors[i]._replace(**dict(zip(fields, results[place::width], strict=True)))
         for place, i in enumerate(members)
@@ -91,7 +95,7 @@ def measure(
 
     None where the kernel cannot: in float64, where its sums may overflow, and of more than one format.
     """
-    formats = {(dtype_of(grad), dtype_of(tensor.exp_avg)) for grad, tensor in zip(grads, tensors, strict=True)}
+    formats = {(dtype_of(grad), tensor.compute_dtype) for grad, tensor in zip(grads, tensors, strict=True)}
     if len(formats) != 1 or not formats <= {(name, "float32") for name in COMPUTE_DTYPE}:
         return None
     ((grad_format, own),) = formats

@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import float64, njit, types
 from numba.extending import intrinsic
 
+from nadam.core.dtypes import COMPRESSED, WIDE
 from nadam.kernels import layout as at
 from nadam.kernels.cpu import passes
 from nadam.kernels.cpu.formats import CASTS, FORMATS
@@ -170,38 +171,48 @@ def handler(kernel: Any, fill: Any, end: Any) -> Any:
 
 
 def one_pass(
-    param_format: str, grad_format: str, accumulated: bool, limited: bool, penalized: bool, averaged: bool
+    param_format: str,
+    grad_format: str,
+    accumulated: bool,
+    limited: bool,
+    penalized: bool,
+    averaged: bool,
+    kept: str = WIDE,
 ) -> Any:
     """The handler that updates parameters, moments and average in one pass; in place, so results alias operands.
 
-    Operands: the fields of `scalars.Scalars`; a factor for each gradient; a decay for each parameter; gradients,
-    parameters, both moments, averages and accumulators if there are any; perhaps one more, only to be waited for.
-    Results: scratch memory, then all that was given from the parameters on. The arguments are those of
-    `passes.one_pass`.
+    Operands: the fields of `scalars.Scalars`; a factor for each gradient; a decay for each parameter; a key for each,
+    of moments that are compressed; gradients, parameters, both moments, averages, accumulators and scales of both
+    moments if there are any; perhaps one more, only to be waited for. Results: scratch memory, then all that was given
+    from the parameters on. The arguments are those of `passes.one_pass`.
     """
+    compressed = kept == COMPRESSED
     columns = (at.PARAM, at.EXP_AVG, at.EXP_AVG_SQ, *([at.EMA] * averaged), *([at.ACCUMULATOR] * accumulated))
-    state = len(columns)
+    columns += (at.EXP_AVG_SCALE, at.EXP_AVG_SQ_SCALE) * compressed
+    state, before = len(columns), 3 + compressed
 
     @njit
     def fill(frame, scratch):
         args, rets = integers(frame)[ARGS], integers(frame)[RETS]
-        count = (integers(frame)[NUM_ARGS] - 3) // (1 + state)
+        count = (integers(frame)[NUM_ARGS] - before) // (1 + state)
         rows, elements = tables(scratch, count), 0
         block = integers(scratch + 8 * BLOCK)
         block[at.EXTRA], block[at.EXTRA + 1], block[at.EXTRA + 2] = data(args, 1), data(args, 2), data(args, 0)
+        if compressed:
+            block[at.EXTRA + 3] = data(args, 3)
         for t in range(count):
             row = integers(rows + 8 * at.COLUMNS * t)
-            row[at.GRAD] = data(args, 3 + t)
+            row[at.GRAD] = data(args, before + t)
             for k in range(state):
                 row[columns[k]] = data(rets, 1 + k * count + t)
-            elements += cut(scratch, t, size(args, 3 + t))
+            elements += cut(scratch, t, size(args, before + t))
         return elements
 
     @njit
     def end(scratch):
         pass
 
-    kernel = passes.one_pass(param_format, grad_format, accumulated, limited, penalized, averaged)
+    kernel = passes.one_pass(param_format, grad_format, accumulated, limited, penalized, averaged, kept)
     return handler(kernel, fill, end)
 
 
