@@ -9,8 +9,8 @@ import pytest
 import nadam
 from nadam.core import compressed
 from nadam.core.compressed import BLOCK, LANES, SMALLEST
+from nadam.core.rounding import keys
 from nadam.kernels.cpu import threads
-from nadam.kernels.cpu.plan import keys
 
 # Partial rows, partial blocks, several chunks.
 SHAPES = [(SMALLEST,), (50, 83), (3 * BLOCK + 1,), (LANES * 70 + 5,), (40_000,)]

@@ -13,7 +13,7 @@ from triton_interpreted import EVERYTHING, UNITS, Device, drawn, give
 from triton_interpreted import on_cpu as cpu_twin
 
 from nadam.core import compressed
-from nadam.kernels.cpu.plan import keys
+from nadam.core.rounding import keys
 from nadam.kernels.gpu.passes import ALIGNED, CHUNK, FLAGS
 from nadam.torch import NAdam
 from nadam.torch.compressed import SCALES
