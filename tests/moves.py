@@ -21,6 +21,7 @@ from hosts.base import Host
 
 N = 5  # with 3 calls accumulated, in the middle of a window; after an overwrite, and a call that was skipped
 SHAPES = [(7, 5), (), (257,), (0, 3)]
+LARGE = [*SHAPES, (70, 60)]  # whose moments are kept in 8 bits where that is asked for
 MOVING = ["numpy", "torch", "jax kernel", "keras torch", "keras jax", "keras tensorflow"]
 
 
@@ -30,8 +31,19 @@ class Common(Host):
     missing, dense, shapes = False, True, SHAPES
 
 
+class Compressed(Common):
+    """What those have that keep moments in 8 bits."""
+
+    shapes = LARGE
+
+
 MOVED = [Case(name, chosen) for name, chosen in OPTIONS.items()]
 MOVED += [Case("defaults", {}, dtype) for dtype in ("float64", "bfloat16", "float16")]
+CODES = {"state_bits": 8, "seed": 7}
+MOVED += [Case("state_bits", CODES, dtype) for dtype in ("float32", "float16")]
+MOVED += [Case("state_bits and more", {**CODES, "gradient_accumulation_steps": 3, "use_ema": True})]
+MOVED += [Case("state_bits and remainder", {**CODES, "remainder": 8}, "bfloat16")]
+MOVED += [Case("remainder of 8", {"remainder": 8}, "bfloat16")]
 
 
 def takes(name, case):
@@ -89,8 +101,9 @@ def tried(function):
 def built(name, case):
     """A host before its first step, and its gradients."""
     host = HOSTS[name]()
-    host.shapes = SHAPES
-    params, all_grads = problem(case, Common() if case in MOVED else host, 2 * N)
+    shared = Compressed() if "state_bits" in case.settings else Common()
+    host.shapes = shared.shapes
+    params, all_grads = problem(case, shared if case in MOVED else host, 2 * N)
     host.build(params, DEFAULTS | case.settings)
     return host, all_grads
 

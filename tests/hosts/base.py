@@ -15,6 +15,7 @@ HALVES = ("bfloat16", "float16")
 SHAPES = [(7, 5), (), (257,), (0, 3), (40_000,)]  # of which the last has more than one chunk
 SMALL = [(3, 4), (), (5,), (0, 2), (2, 3, 2)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # where moments are kept in 8 bits
 
 
 class Host:

@@ -1,12 +1,12 @@
 """`nadam.Nadam` as a host."""
 
-from hosts.base import CALLABLES, MOMENTS, STEP, Host, spelled
+from hosts.base import CALLABLES, MOMENTS, SCALES, STEP, Host, spelled
 
 
 class Numpy(Host):
     """`nadam.Nadam`."""
 
-    options = frozenset(STEP | CALLABLES)
+    options = frozenset(STEP | CALLABLES | {"state_bits", "seed"})
     dtypes = (*Host.dtypes, "complex64")
     mixed = True
 
@@ -25,7 +25,7 @@ class Numpy(Host):
     def _state(self):
         found = self.optimizer.state_dict()
         entries = found["state"].values()
-        kept = {name: [e[name] for e in entries if name in e] for name in (*MOMENTS, "ema", "accumulator")}
+        kept = {name: [e[name] for e in entries if name in e] for name in (*MOMENTS, *SCALES, "ema", "accumulator")}
         seen = [str(name) in found["accumulated"] for name in found["state"]]
         counters = {"calls": [found["iteration"]], "momentum_product": [found["momentum_product"]]}
         return {"params": self.params, **kept, **counters, "skipped": [found["skipped_steps"]], "seen": [seen]}

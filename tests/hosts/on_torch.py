@@ -7,7 +7,7 @@ from unittest.mock import patch
 import numpy as np
 
 from cases import BFLOAT16
-from hosts.base import MOMENTS, SMALL, STEP, Host
+from hosts.base import MOMENTS, SCALES, SMALL, STEP, Host
 
 
 class Torch(Host):
@@ -19,6 +19,8 @@ class Torch(Host):
 
     def __init__(self, way="kernel"):
         self.way = way
+        if way == "kernel":
+            self.options = Torch.options | {"state_bits"}
         if way == "triton":
             self.environment, self.needs = {"TRITON_INTERPRET": "1"}, ("torch", "triton")
             self.shapes, self.steps, self.dense, self.dtypes = SMALL, 10, True, Host.dtypes
@@ -81,7 +83,7 @@ class Torch(Host):
     def _state(self):
         groups = self.optimizer.state_dict()["param_groups"]
         entries = [self.optimizer.state[param] for param in self.params]
-        names = {name: name for name in (*MOMENTS, "ema", "remainder")}
+        names = {name: name for name in (*MOMENTS, *SCALES, "ema", "remainder")}
         names |= {"accumulator": "grad_accumulator", "step": "step"}
         names |= {"momentum_product": "mu_product", "seen": "accumulated"}
         kept = {name: [from_torch(e[key]) for e in entries if key in e] for name, key in names.items()}

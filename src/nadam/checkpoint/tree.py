@@ -12,6 +12,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from nadam.core.portable_formats import Bfloat16
+
 DEPTH = 100
 # In the JSON an array is its name in the file and its dtype, marked by a key that no other dict there has alone; so
 # are a tuple, and the items of a dict that has a key like these or one that is no string.
@@ -132,6 +134,8 @@ def _stored(value: Any, where: Path) -> Stored | None:
             value = np.asarray(value)
         elif isinstance(value, np.generic) and not isinstance(value, np.flexible):
             value, prefix = np.asarray(value), SCALAR
+        elif type(value) is Bfloat16:  # read as its bits, which takes no ml_dtypes
+            return Stored(np.asarray(value, "<u2", order="C"), "BF16", "uint16")
         elif type(value) is not np.ndarray:
             return None
     except (TypeError, ValueError, RuntimeError) as error:  # of a tracer, a deleted array, another process's

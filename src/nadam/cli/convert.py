@@ -125,6 +125,7 @@ def _to_optax(state: PortableState, args: argparse.Namespace) -> None:
     for name in state.names:
         if name not in state.params:
             raise ValueError(f"{name}: it was never updated, so there are no moments of it")
-        arrays |= {f"mu/{name}": state.params[name].exp_avg, f"nu/{name}": state.params[name].exp_avg_sq}
+        wide = state.params[name].wide()
+        arrays |= {f"mu/{name}": wide.exp_avg, f"nu/{name}": wide.exp_avg_sq}
     with replacing(args.target) as file:
         np.savez(file, **arrays)

@@ -64,7 +64,7 @@ def summary(found: Inspection) -> dict[str, Any]:
 
 def _row(name: str, state: PortableState) -> dict[str, Any]:
     """A parameter: its shape, its updates, and the norm of each of its states."""
-    arrays = state.params[name].arrays() if name in state.params else {}
+    arrays = state.params[name].wide().arrays() if name in state.params else {}
     if state.values is not None:
         arrays = {"param": state.values[name], **arrays}
     if not arrays:

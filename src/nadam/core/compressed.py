@@ -20,6 +20,8 @@ import numpy as np
 
 Array = Any  # of NumPy or JAX
 
+# Moments, and the names of their scales where they are codes.
+SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 ROWS, LANES = 32, 64
 BLOCK = ROWS * LANES
 SMALLEST = 4096  # elements; smaller tensors keep float32 moments, whose bytes nobody misses

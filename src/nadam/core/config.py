@@ -65,6 +65,11 @@ class Configured:
 
     name: str
     _hyper: Hyperparameters
+    _options: tuple[str, ...] = ()  # arguments that are no hyperparameters, and attributes of the same names
+
+    def _kept(self) -> dict[str, Any]:
+        """These, by name."""
+        return {name: getattr(self, name) for name in self._options}
 
     def _excluded_patterns(self, names: Iterable[str] | None) -> list[str]:
         """The regular expressions that `exclude_from_weight_decay` was given, checked."""
@@ -88,7 +93,7 @@ class Configured:
         for field in FIELDS:
             name = SPELLING.get(field, field)
             config[name] = to_config(name, getattr(self._hyper, field))
-        return config
+        return {**config, **self._kept()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
@@ -101,7 +106,8 @@ class Configured:
         return cls(**{name: from_config(name, value, custom_objects) for name, value in config.items()})
 
     def __repr__(self) -> str:
-        shown = (f"{SPELLING.get(f, f)}={getattr(self._hyper, f)!r}" for f in FIELDS)
+        given = {SPELLING.get(f, f): getattr(self._hyper, f) for f in FIELDS} | self._kept()
+        shown = (f"{name}={value!r}" for name, value in given.items())
         return f"{type(self).__name__}({', '.join(shown)})"
 
 

@@ -12,44 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable_checks import are_names, check_array, check_count, check_names, check_number, some
+from nadam.core.portable_checks import are_names, check_count, check_names, check_number, some
+from nadam.core.portable_formats import joined_values, split_values
+from nadam.core.portable_param import SLOTS as SLOTS
+from nadam.core.portable_param import ParamState as ParamState
+from nadam.core.portable_param import checked_param
 from nadam.core.portable_settings import plain, settings_of
 
 Array = NDArray[Any]
 FORMAT = 1
-# Arrays of a parameter's state, each of the parameter's shape.
-SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "remainder")
 Rename = Mapping[str, str] | Callable[[str], str]
 Transpose = Iterable[str] | Mapping[str, tuple[int, ...] | None]
-
-
-@dataclass
-class ParamState:
-    """State of one parameter.
-
-    Attributes:
-        step: Updates of it.
-        momentum_product: Product of the momenta of these updates; None where the optimizer keeps none, as Adam.
-        exp_avg: First moment, not bias-corrected: float32 or float64, or complex, of the parameter's shape.
-        exp_avg_sq: Second moment, likewise.
-        ema: Moving average of the parameter, where there is one.
-        accumulator: Sum of the gradients of this window, where they are accumulated.
-        remainder: int16, what a bfloat16 parameter is short of a float32 one, where that is kept.
-        accumulated: Whether it had a gradient in this window.
-    """
-
-    step: int
-    momentum_product: float | None
-    exp_avg: Array
-    exp_avg_sq: Array
-    ema: Array | None = None
-    accumulator: Array | None = None
-    remainder: Array | None = None
-    accumulated: bool = False
-
-    def arrays(self) -> dict[str, Array]:
-        """The arrays that there are, by name."""
-        return {name: array for name in SLOTS if (array := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -82,13 +55,21 @@ class PortableState:
     values: dict[str, Array] | None = None
 
     def to_tree(self) -> dict[str, Any]:
-        """Nested dicts of numbers, strings and arrays."""
+        """Nested dicts of numbers, strings and arrays.
+
+        A bfloat16 parameter with a remainder is in it as these two, not once more as the float32 number that they are.
+        """
         params = {}
         for name, state in self.params.items():
             scalars = {"step": state.step, "momentum_product": state.momentum_product}
             params[name] = {**scalars, "accumulated": state.accumulated, **state.arrays()}
         own = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.values is not None:
+            own["values"] = split_values(self.values, self._remainders())
         return {"portable_state": FORMAT, **own, "params": params}
+
+    def _remainders(self) -> dict[str, Array]:
+        return {name: state.remainder for name, state in self.params.items() if state.remainder is not None}
 
     @classmethod
     def from_tree(cls, tree: Any) -> Self:
@@ -120,18 +101,20 @@ class PortableState:
         for i, group in enumerate(given["groups"]):
             if not isinstance(group, Mapping) or not are_names(group.get("params")):
                 raise ValueError(f"groups[{i}]: {group!r:.99}: expected a dict with a list of names, 'params'")
-        given["params"] = {name: _param_state(name, entry) for name, entry in given["params"].items()}
+        given["params"] = {name: checked_param(name, entry) for name, entry in given["params"].items()}
         for name, value in (given["values"] or {}).items():
             if not isinstance(value, np.ndarray):
                 raise ValueError(f"values[{name!r}]: {type(value).__name__}, expected an array")
-        return cls(**given)
+        made = cls(**given)
+        return made if made.values is None else replace(made, values=joined_values(made.values, made._remainders()))
 
     def renamed(self, rename: Rename | None = None, transpose: Transpose | None = None) -> PortableState:
         """State whose parameters have other names, and arrays with other axes.
 
         Args:
             rename: From names here to those of the result, which others keep; or a function of a name.
-            transpose: Names (of the result) of arrays whose axes are reversed; or, by name, their permutation.
+            transpose: Names (of the result) of arrays whose axes are reversed; or, by name, their permutation. Moments
+                of theirs in 8 bits become float32.
 
         Raises:
             ValueError: Two parameters get one name, or one is not there.
@@ -157,8 +140,8 @@ class PortableState:
         params = {}
         for old, state in self.params.items():
             name = new[old]
-            arrays: dict[str, Any] = {slot: turned(name, array) for slot, array in state.arrays().items()}
-            params[name] = replace(state, **arrays)
+            wide = state.wide() if name in axes else state
+            params[name] = wide.having({slot: turned(name, array) for slot, array in wide.arrays().items()})
         values = None if self.values is None else {new[k]: turned(new[k], array) for k, array in self.values.items()}
         groups = [{**g, "params": [new[name] for name in g["params"]]} for g in self.groups]
         return replace(self, names=[new[n] for n in self.names], params=params, values=values, groups=groups)
@@ -294,19 +277,3 @@ _KINDS: dict[str, Any] = {
     "loss_scale": (Mapping, type(None)),
     "values": (Mapping, type(None)),
 }
-
-
-def _param_state(name: str, entry: Any) -> ParamState:
-    """A parameter's state, checked."""
-    known = {each.name for each in fields(ParamState)}
-    if not isinstance(entry, Mapping) or not {"step", "exp_avg", "exp_avg_sq"} <= set(entry) <= known:
-        found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise ValueError(f"{name}: {found}, expected step, exp_avg, exp_avg_sq and nothing but {sorted(known)}")
-    check_count(entry, "step", f"{name}.")
-    check_number(f"{name}.momentum_product", entry.get("momentum_product"), 0.0, 1.0, optional=True)
-    if not isinstance(entry.get("accumulated", False), bool):
-        raise ValueError(f"{name}.accumulated: {entry['accumulated']!r}, expected a bool")
-    for slot in SLOTS:
-        if slot in entry:
-            check_array(f"{name}.{slot}", slot, entry[slot], entry["exp_avg"])
-    return ParamState(**{"momentum_product": None, **entry})

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.fused_step import Fused
@@ -94,6 +95,7 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
     state.check_complex({name for name, leaf in leaves.items() if dtype_of(leaf).kind == "c"}, joint=True)
     for settings, own in _groups(like, ours):
         state.check_settings(settings, own)
+    state = fitted(state, {}, {name: 0 for name, leaf in _leaves(params).items() if dtype_of(leaf).name == "bfloat16"})
     fields: dict[str, Any] = {}
     for slot, name in SLOTS.items():
         kept = getattr(ours, name, None)

@@ -78,7 +78,8 @@ class Nadam(Configured, Closed):
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
 
-    _own = ("name", "state_bits", "seed")
+    _options = ("state_bits", "seed")
+    _own = ("name",)
 
     @known_arguments(ValueError)
     def __init__(
@@ -107,12 +108,22 @@ class Nadam(Configured, Closed):
     ) -> None:
         self._hyper = hyperparameters(locals())
         check_state_options(state_bits, seed)
-        self.state_bits, self.seed = state_bits, seed
+        self._state_bits, self._seed = state_bits, seed
         self.name = name
         self._last_step: StepReport | None = None
         self._parameters: Parameters | None = None
         self._exclusion = Exclusion([], [])
         self._exclusive = Exclusive()
+
+    @property
+    def state_bits(self) -> int | None:
+        """How moments are kept; given to the constructor."""
+        return self._state_bits
+
+    @property
+    def seed(self) -> int:
+        """Of their rounding; given to the constructor."""
+        return self._seed
 
     @property
     def built(self) -> bool:
@@ -329,10 +340,15 @@ class Nadam(Configured, Closed):
 
         Args:
             state: What `state_dict` gave, of an optimizer with the same parameters and slots (averages, accumulators).
+                Moments of 8 bits become float32 ones, exactly, and float32 ones are rounded to 8 bits, as they are kept
+                here.
 
         Raises:
             ValueError: The optimizer is not built, or the state is another's, incomplete, damaged or not finite; it
                 says what is wrong, and nothing has changed.
+
+        Warns:
+            UserWarning: Moments were rounded to 8 bits.
         """
         self._exclusive.run("load_state_dict", self._load_state_dict, state)
 

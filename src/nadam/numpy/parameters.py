@@ -167,7 +167,7 @@ class Parameters:
         for place, entry in enumerate(self.entries[i] for i in members):
             grad = grads[entry.name] if isinstance(grads, Mapping) else grads[place]
             wide = np.asarray(grad).astype("complex128" if np.iscomplexobj(grad) else "float64")
-            if not (np.abs(wide) * inv_scale <= largest_passing(entry.exp_avg.real.dtype.name, check)).all():
+            if not (np.abs(wide) * inv_scale <= largest_passing(entry.compute_dtype, check)).all():
                 return str(entry.name)
         return None
 

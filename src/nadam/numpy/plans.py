@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.compressed import SCALES
 from nadam.core.dtypes import COMPUTE_DTYPE
+from nadam.core.portable_formats import kept_moments, wide_moments
 
 if TYPE_CHECKING:
     from nadam.kernels.cpu.pointers import Pointers
@@ -25,9 +27,7 @@ FORMATS = {
     "complex64": "float32",
     "complex128": "float64",
 }
-
-
-SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", "exp_avg_scale", "exp_avg_sq_scale")
+SLOTS = ("exp_avg", "exp_avg_sq", "ema", "accumulator", *SCALES.values())
 
 
 @dataclass
@@ -49,6 +49,33 @@ class Parameter:
         """The state arrays by name, those that there are."""
         arrays = {name: getattr(self, name) for name in SLOTS}
         return {name: array for name, array in arrays.items() if array is not None}
+
+    @property
+    def compute_dtype(self) -> str:
+        """What it is computed in; of complex numbers, their parts."""
+        return "float32" if self.exp_avg_scale is not None else self.exp_avg.real.dtype.name
+
+    @property
+    def order(self) -> list[int] | None:
+        """The axes of the state in memory, outermost first; None where they are those of C."""
+        from nadam.kernels.strides import axis_order
+
+        return None if self.exp_avg.flags.c_contiguous else axis_order(self.exp_avg)
+
+    @property
+    def saved(self) -> dict[str, Array]:
+        """The state arrays as they are saved: codes of 8 bits, which belong to an order of memory, only of C's."""
+        return self.state if self.order is None else wide_moments(self.state, self.order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies. Pickle keeps no order of memory but C's and Fortran's, and codes belong to theirs."""
+        codes = self.exp_avg_scale is not None
+        return {**vars(self), **dict.fromkeys(SCALES.values()), **self.saved, "codes": codes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        codes = state.pop("codes")
+        self.__dict__.update(state)
+        self.__dict__.update(kept_moments(self.state, codes, self.order)[0])
 
 
 class CachedPlan:
@@ -102,7 +129,7 @@ class CachedPlan:
 def _check_unchanged(entry: Parameter) -> None:
     """That nobody has resized, retyped or frozen an array since the optimizer was built."""
     where, array, state = f"variables[{entry.name!r}]", entry.array, entry.exp_avg
-    kept = state.dtype.name if entry.exp_avg_scale is None else "float32"  # what 8 bits are computed in
+    kept = state.dtype.name if entry.exp_avg_scale is None else entry.compute_dtype
     if array.shape != state.shape or COMPUTE_DTYPE.get(array.dtype.name, array.dtype.name) != kept:
         built = f"shape {state.shape} and state of {kept}"
         raise ValueError(f"{where}: shape {array.shape} and dtype {array.dtype}, but was built with {built}")

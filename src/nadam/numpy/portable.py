@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nadam.core.counters import SEEN, SKIPPED
 from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.numpy.loss_scale import LossScaleOptimizer
 from nadam.numpy.optimizer import Nadam
@@ -31,7 +32,7 @@ def export(optimizer: Nadam | LossScaleOptimizer, params: Any = None) -> Portabl
     steps = h.gradient_accumulation_steps or 1
     updates, product = counters.calls // steps, counters.momentum_product
     found = {
-        entry.name: ParamState(updates, product, accumulated=bool(seen), **entry.state)
+        entry.name: ParamState(updates, product, accumulated=bool(seen), **entry.saved)
         for entry, seen in zip(parameters.entries, counters.seen, strict=True)
     }
     names = list(found)
@@ -43,7 +44,7 @@ def export(optimizer: Nadam | LossScaleOptimizer, params: Any = None) -> Portabl
         momentum_product=product,
         position=counters.calls % steps,
         skipped_steps=counters.skipped,
-        groups=[settings_of(*each) for each in by_decay(h, _decays(parameters))],
+        groups=[{**settings_of(*each), **inner._kept()} for each in by_decay(h, _decays(parameters))],
         loss_scale=None if scaling is None else {"scale": scaling.scale, "good_steps": scaling.good_steps},
         values=None if params is None else {name: widened(array) for name, array in _named(params).items()},
     )
@@ -76,6 +77,7 @@ def _restore(optimizer: Nadam | LossScaleOptimizer, state: PortableState, params
     for settings, members in by_decay(h, _decays(parameters)):
         state.check_settings(settings, members)
     product = state.product(h)
+    state = _fitted(parameters, state)
     for name, array in arrays.items():
         if array is not trained.get(name, array):
             raise ValueError(f"params[{name!r}]: another array than the optimizer trains")
@@ -92,6 +94,13 @@ def _restore(optimizer: Nadam | LossScaleOptimizer, state: PortableState, params
     if scaling is not None:
         scaling.scale = float(state.loss_scale["scale"])  # type: ignore[index]
         scaling.good_steps = state.loss_scale["good_steps"]  # type: ignore[index]
+
+
+def _fitted(parameters: Parameters, state: PortableState) -> PortableState:
+    """A state with moments in the formats of these parameters."""
+    codes = {entry.name: entry.order for entry in parameters.entries if entry.exp_avg_scale is not None}
+    halves = [entry.name for entry in parameters.entries if entry.array.dtype.name == "bfloat16"]
+    return fitted(state, codes, dict.fromkeys(halves, 0))
 
 
 def _put(parameters: Parameters, state: PortableState, product: float, steps: int) -> None:

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.compressed import SCALES
 from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
+from nadam.core.portable_checks import CODES, check_array, check_codes
+from nadam.core.portable_formats import kept_moments, warn_of_rounding
 
 if TYPE_CHECKING:
     from nadam.numpy.parameters import Parameters
+    from nadam.numpy.plans import Parameter
 
+Array = NDArray[Any]
 OPTIMIZER = "nadam"
 FORMAT = 1
 
@@ -29,7 +34,7 @@ def state_dict(parameters: Parameters, learning_rate: float | None) -> dict[str,
         "skipped_steps": counters.skipped,
         "learning_rate": learning_rate,
         "accumulated": [entry.name for entry, seen in zip(parameters.entries, counters.seen, strict=True) if seen],
-        "state": {entry.name: {k: v.copy() for k, v in entry.state.items()} for entry in parameters.entries},
+        "state": {entry.name: {k: v.copy() for k, v in entry.saved.items()} for entry in parameters.entries},
     }
 
 
@@ -54,29 +59,39 @@ def load_state_dict(parameters: Parameters, state: Mapping[str, Any]) -> float |
         raise ValueError(f"accumulated: {accumulated!r:.99}: expected a list of names")
     if set(accumulated) - accumulating:
         raise ValueError(f"accumulated: {sorted(set(accumulated) - accumulating)}: no parameters with an accumulator")
+    made, rounded = {}, []
     for name, entry in entries.items():
-        _same_names(f"slots of {name!r}", arrays[name], entry.state)
-        for slot, mine in entry.state.items():
-            _check_array(f"{name}.{slot}", np.asarray(arrays[name][slot]), mine, slot == "exp_avg_sq")
+        made[name], exact = _converted(entry, arrays[name])
+        rounded += [name] * (not exact)
+    warn_of_rounding(rounded)
 
     for name, entry in entries.items():
         for slot, mine in entry.state.items():
-            mine[...] = arrays[name][slot]
+            mine[...] = made[name][slot]
     now = parameters.counters.current
     now[CALLS], now[MOMENTUM_PRODUCT], now[SKIPPED] = calls, product, skipped
     now[SEEN:] = [name in set(accumulated) for name in entries]
     return lr
 
 
-def _check_array(name: str, given: NDArray[Any], mine: NDArray[Any], squares: bool) -> None:
-    if given.shape != mine.shape:
-        raise ValueError(f"{name}: shape {given.shape}, expected {mine.shape}")
-    if given.dtype != mine.dtype:
-        raise ValueError(f"{name}: dtype {given.dtype}, expected {mine.dtype}")
-    if not np.isfinite(given).all():
-        raise ValueError(f"{name}: not all of its values are finite")
-    if squares and given.size and min(given.real.min(), given.imag.min()) < 0:
-        raise ValueError(f"{name}: a negative value in an average of squares")
+def _converted(entry: Parameter, given: Any) -> tuple[dict[str, Array], bool]:
+    """A parameter's arrays, checked, with moments in its format; and whether these have the values of before."""
+    mine, scales = entry.state, SCALES.values()
+    kept = {slot: np.asarray(array) for slot, array in given.items()} if isinstance(given, Mapping) else given
+    codes = isinstance(kept, Mapping) and SCALES["exp_avg"] in kept
+    wide = {slot: array.dtype for slot, array in mine.items() if slot not in scales}
+    wide |= dict.fromkeys(SCALES, np.dtype(np.float32)) if entry.exp_avg_scale is not None else {}
+    expected = wide | CODES if codes and wide["exp_avg"] == np.float32 else wide
+    _same_names(f"slots of {entry.name!r}", kept, expected)
+    for slot in wide:
+        array = kept[slot]
+        if array.shape != mine[slot].shape:
+            raise ValueError(f"{entry.name}.{slot}: shape {array.shape}, expected {mine[slot].shape}")
+        if array.dtype != expected[slot]:
+            raise ValueError(f"{entry.name}.{slot}: dtype {array.dtype}, expected {expected[slot]}")
+        check_array(f"{entry.name}.{slot}", slot, array, mine[slot], codes)
+    check_codes(entry.name, kept)
+    return kept_moments(kept, entry.exp_avg_scale is not None, entry.order)
 
 
 def _same_names(what: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Between steps, by NumPy; a step's kernel takes and leaves the format (core/compr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nadam.core.compressed import SCALES as SCALES
 from nadam.core.compressed import narrowed, widened
 
-SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 
-
-def has_codes(state: dict[str, Any]) -> bool:
+def has_codes(state: Mapping[str, Any]) -> bool:
     """Whether the moments of a parameter are codes of 8 bits."""
     return all(name in state for name in SCALES.values()) and state["exp_avg"].dtype == torch.int8
+
+
+def wide(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state with float32 moments in the place of codes."""
+    made = dict(state)
+    convert(made, False, made["remainder"].dtype if "remainder" in made else torch.int16)
+    return made
+
+
+def in_c_order(state: Any) -> Any:
+    """A parameter's state as it is saved: itself, or wide where it has codes of another order of memory than C's."""
+    if not isinstance(state, dict) or not has_codes(state) or state["exp_avg"].is_contiguous():
+        return state
+    return wide(state)
+
+
+def fits_order(state: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether codes, which belong to the order of memory in which they lie, are in that of a parameter."""
+    return all(_strides(state[name]) == _strides(param) for name in SCALES)
+
+
+def memory_order(param: Tensor) -> list[int] | None:
+    """The dimensions of a dense tensor in memory, outermost first; None where they are in their order."""
+    like = torch.empty_like(param.detach(), device="meta", memory_format=torch.preserve_format)
+    return None if like.is_contiguous() else sorted(range(like.dim()), key=lambda d: -like.stride(d))
 
 
 def convert(state: dict[str, Any], wants_codes: bool, remainder: torch.dtype) -> None:

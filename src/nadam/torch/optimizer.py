@@ -20,6 +20,7 @@ from nadam.core.step import StepReport, step
 from nadam.torch import buckets, mistakes, settings, state
 from nadam.torch.averages import WithAverages
 from nadam.torch.bucket_cache import BucketCache
+from nadam.torch.compressed import in_c_order
 from nadam.torch.fallback import Row, differentiable_step
 from nadam.torch.gpu import bucket_cache as gpu
 from nadam.torch.offload import Offload
@@ -313,7 +314,8 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
         for group in self.param_groups:
             group.update(shown)
         try:
-            return dict(super().state_dict())
+            made = dict(super().state_dict())
+            return {**made, "state": {key: in_c_order(entry) for key, entry in made["state"].items()}}
         finally:
             for group in self.param_groups:
                 group.pop(POSITION, None)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState
+from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.buckets import extra_state
+from nadam.torch.compressed import SCALES, in_c_order, memory_order
 from nadam.torch.fallback import joined, store
 from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
 from nadam.torch.sharding import is_sharded
@@ -31,8 +33,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "NAdamW": {"momentum_decay": inf, "decoupled_weight_decay": True, "bias_correction": "adam"},
 }
 ADAMS = ("Adam", "AdamW")
-SLOTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
-SLOTS |= {"accumulator": "grad_accumulator", "remainder": "remainder"}
+SLOTS = {name: name for name in ("exp_avg", "exp_avg_sq", "ema", "remainder", *SCALES.values())}
+SLOTS |= {"accumulator": "grad_accumulator"}
 PRODUCT = "mu_product"
 # Whose state there is no place for.
 REFUSED = ("max_exp_avg_sq", "momentum_buffer", "max_exp_avg")
@@ -98,6 +100,7 @@ def _param_state(name: str, entry: Mapping[str, Any], kind: str, ours: bool) -> 
             f"{name}: {f'no {missing[0]!r}' if missing else repr(refused[0])}: not the state of Nadam or Adam"
         )
     kept = SLOTS if ours else {slot: slot for slot in ("exp_avg", "exp_avg_sq")}
+    entry = in_c_order(dict(entry)) if ours else entry
     arrays = {mine: _array(entry[theirs]) for mine, theirs in kept.items() if theirs in entry}
     product = float(entry[PRODUCT]) if PRODUCT in entry and (ours or kind == "NAdam") else None
     accumulated = ours and bool(entry.get("accumulated", False))
@@ -106,7 +109,7 @@ def _param_state(name: str, entry: Mapping[str, Any], kind: str, ours: bool) -> 
 
 def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any = None) -> tuple[Any, Any]:
     """Put a state into an optimizer, and values into a model; all of it or, if anything is wrong with it, nothing."""
-    kind, named = _kind(optimizer), _named(params)
+    kind, named, ours = _kind(optimizer), _named(params), isinstance(optimizer, NAdam)
     names = _names(optimizer.param_groups, named)
     trained = {
         name: param
@@ -120,11 +123,11 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
     state.check_complex({name for name, each in {**named, **trained}.items() if each.is_complex()}, joint=False)
     for h, own in zip(hyper, names, strict=True):
         state.check_settings(h, own, adam=kind in ADAMS)
-    ours = isinstance(optimizer, NAdam)
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("amsgrad=True: expected False: there is no largest second moment in the state")
     if state.position and not ours:
         raise ValueError(f"position={state.position}: {kind} accumulates no gradients")
+    state = _fitted(optimizer if ours else None, state, trained)
     # Settings of the whole optimizer say what else it keeps of a parameter, so those of one group do.
     extras = {name: extra_state(each, hyper[0], optimizer._options) for name, each in trained.items()} if ours else None
     optimizer.load_state_dict(_to_state_dict(state, kind, optimizer.param_groups, hyper, names, extras))
@@ -135,6 +138,16 @@ def restore(optimizer: torch.optim.Optimizer, state: PortableState, params: Any 
                 entry = optimizer.state.get(tensor, {}) if ours else {}
                 store(tensor.detach(), entry, value.float() if "remainder" in entry else value)
     return optimizer, params
+
+
+def _fitted(ours: NAdam | None, state: PortableState, trained: Mapping[str, Tensor]) -> PortableState:
+    """A state with moments in the formats that one of our optimizers, or PyTorch's, has of these parameters."""
+    halves = {name: param for name, param in trained.items() if param.dtype == torch.bfloat16}
+    if ours is None:
+        return fitted(state, {}, dict.fromkeys(halves, 0))
+    options = ours._options
+    codes = {name: memory_order(param) for name, param in trained.items() if options.compresses(param)}
+    return fitted(state, codes, dict.fromkeys(halves, 8 * options.remainder_dtype.itemsize if options.remainder else 0))
 
 
 def from_state_dict(state_dict: Mapping[str, Any], kind: str = "NAdam") -> PortableState:
@@ -187,6 +200,7 @@ def _to_state_dict(
         for place, name in enumerate(own):
             given = state.params.get(name)
             if given is not None:
+                given = given if extras is not None else given.wide()
                 entries[index + place] = _entry(state, given, h, kind, None if extras is None else extras[name])
         rate = state.learning_rate(own)
         shown = {key: value for key, value in group.items() if key != "params"}
@@ -212,7 +226,7 @@ def _entry(
     if SLOTS["accumulator"] in kept:
         made["accumulated"] = torch.tensor(float(given.accumulated), dtype=torch.float64, device="cpu")
     arrays = {SLOTS[name]: array for name, array in given.arrays().items()}
-    return made | {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if name in kept}
+    return made | {name: torch.from_numpy(array.copy(order="K")) for name, array in arrays.items() if name in kept}
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nadam.core.compressed import num_scales
 from nadam.core.hyperparameters import Hyperparameters
+from nadam.core.portable_checks import LARGEST_SCALES
 from nadam.core.scalars import momentum_product
 from nadam.torch.buckets import STATE_DTYPES, StateOptions, extra_state, new_state
-from nadam.torch.compressed import SCALES, convert
+from nadam.torch.compressed import SCALES, convert, fits_order, wide
 from nadam.torch.mistakes import check_owner
 from nadam.torch.sharding import is_sharded, local
 
@@ -125,6 +126,10 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...], dev
         kept[name] = Kept(_placed(name, tensor, param, device))
     _check_ranges(where, kept)
     _check_codes(where, kept)
+    if SCALES["exp_avg"] in kept and not fits_order(entry, param):
+        plain = wide({name: entry[name] for name in (*SCALES, *SCALES.values())})
+        kept = {name: value for name, value in kept.items() if name not in SCALES.values()}
+        kept |= {name: Kept(_placed(name, plain[name], param)) for name in SCALES}
     return kept
 
 
@@ -152,6 +157,9 @@ def _check_codes(where: str, entry: dict[str, Any]) -> None:
     codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     if there and (len(there) < len(SCALES) or found != codes):
         raise ValueError(f"{where}: {there} with moments of {found}, expected scales of both and codes of {codes}")
+    for name, largest in LARGEST_SCALES.items():
+        if there and entry[name].tensor.numel() and int(entry[name].tensor.max()) > largest:
+            raise ValueError(f"{where}[{name!r}]: {int(entry[name].tensor.max())}, expected at most {largest}")
     if not there and not all(dtype.is_floating_point or dtype.is_complex for dtype in found.values()):
         raise ValueError(f"{where}: moments of {found} without their scales")
     rest = entry.get("remainder")
