@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from hosts.base import CALLABLES, MOMENTS, STEP, Host, spelled
+from hosts.base import CALLABLES, MOMENTS, SCALES, STEP, Host, spelled
 from hosts.on_jax import ONE_THREAD, of_jax
 
 THREADS = {"jax": ONE_THREAD, "tensorflow": {**ONE_THREAD, "TF_NUM_INTRAOP_THREADS": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}}
@@ -28,6 +28,8 @@ class Keras(Host):
         self.needs = ("keras", backend)
         self.environment = {"KERAS_BACKEND": backend, **THREADS.get(backend, {})}
         self.thorough = kernels and (route != "apply" or backend == "torch") and route != "XLA"
+        if (backend, route) == ("torch", "apply"):
+            self.options = Keras.options | {"state_bits", "seed"}
         if route == "XLA":  # which calls no function on the host
             self.options = frozenset(STEP | {"constraint"})
 
@@ -92,6 +94,8 @@ class Keras(Host):
             "params": self.params,
             **dict(zip(MOMENTS, (optimizer._momentums, optimizer._velocities), strict=True)),
         }
+        for name, kept in zip(SCALES, ("_momentum_scales", "_velocity_scales"), strict=True):
+            found[name] = [scales for scales in getattr(optimizer, kept, ()) if scales is not None]
         if settings.get("use_ema"):
             found["ema"] = optimizer._model_variables_moving_average
         if settings.get("gradient_accumulation_steps"):

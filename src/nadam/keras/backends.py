@@ -13,6 +13,7 @@ import numpy as np
 
 from nadam.core import traced
 from nadam.core.counters import Counters
+from nadam.core.dtypes import COMPUTE_DTYPE
 from nadam.core.exclusive import Exclusive
 from nadam.core.gradient import largest_passing
 from nadam.core.hyperparameters import Hyperparameters
@@ -71,6 +72,11 @@ class Runtime:
 
 class Backend:
     """Eager arrays through keras.ops: no kernel, right on every device."""
+
+    keeps_codes = False  # whether it can keep moments in 8 bits
+
+    def check_devices(self, optimizer: Optimizer, variables: Sequence[Any]) -> None:
+        """Before the creation of variables: that state can be kept as is asked for where these are."""
 
     def building(self) -> AbstractContextManager[Any]:
         """Around the creation of variables."""
@@ -201,7 +207,8 @@ def nonfinite(h: Hyperparameters, slots: Sequence[Slot], members: Sequence[int],
     """The path of the first variable whose gradient does not pass the check of these settings."""
     for i, grad in zip(members, grads, strict=True):
         if grad is not None:
-            largest = largest_passing(keras.backend.standardize_dtype(slots[i].exp_avg.dtype), h.check())
+            dtype = COMPUTE_DTYPE[keras.backend.standardize_dtype(slots[i].variable.dtype)]
+            largest = largest_passing(dtype, h.check())
             magnitudes = np.abs(np.asarray(keras.ops.convert_to_numpy(grad), np.float64)) / (h.loss_scale_factor or 1.0)
             if not (magnitudes <= largest).all():
                 return path_of(slots[i].variable)

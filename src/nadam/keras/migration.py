@@ -89,6 +89,8 @@ def _unbuilt(optimizer: Optimizer, sources: tuple[Any, ...], target: Any, settin
         raise TypeError("optimizer: amsgrad=True, whose state there is no place for")
     if any(issubclass(cls, keras.optimizers.Adam) for cls in (type(optimizer), target)):
         config = {name: value for name, value in config.items() if name not in {"name", *NO_ADAMS}}
+    if target is not Nadam:  # whose moments are wide: codes become so
+        config = {name: value for name, value in config.items() if name not in Nadam._options}
     unknown = sorted(OWN.keys() & config.keys())
     if target is not Nadam and unknown:
         raise ValueError(f"{unknown[0]}={config[unknown[0]]!r}: keras.optimizers.{target.__name__} has no such setting")

@@ -38,9 +38,10 @@ class Call:
                     variable._value.data = variable._value.data.contiguous()
             state = [None if v is None else v._value for v in slot[:5]]
             averaged = slot.variable.constraint is None
-            rows.append(memory.Slot._make([slot.variable.path, *state, None, None, None, slot.decays, averaged]))
+            scales = [None if v is None else v._value for v in slot[6:8]]
+            rows.append(memory.Slot._make([slot.variable.path, *state, None, *scales, slot.decays, averaged]))
         self.values = [row.param for row in rows]
-        made = memory.TensorPlan(rows, grads, members)
+        made = memory.TensorPlan(rows, grads, members, optimizer.seed)
         named = [(row.name, grad) for row, grad in zip(rows, grads, strict=True)]
         self._watch = memory.watch([made], memory.check_apart(memory.named(rows), named))
         self.plan, made.grads = made.plan, ()
@@ -53,6 +54,13 @@ class Call:
 
 class TorchBackend(Backend):
     """The kernel wherever everything lies in the CPU's memory; else arrays."""
+
+    keeps_codes = True
+
+    def check_devices(self, optimizer: Optimizer, variables: Sequence[Any]) -> None:
+        devices = {str(v._value.device) for v in variables if not v._value.is_cpu}
+        if devices and optimizer.state_bits is not None:
+            raise ValueError(f"state_bits={optimizer.state_bits}: expected None with variables on {min(devices)}")
 
     def built(self, optimizer: Optimizer) -> None:
         slots = optimizer._runtime.slots
@@ -77,7 +85,11 @@ class TorchBackend(Backend):
         with torch.no_grad():
             if runtime.counters is None:
                 self._renew(optimizer)
-            if in_stateless_scope():  # there a variable's value is not its own
+            stateless = in_stateless_scope()  # there a variable's value is not its own
+            if optimizer.state_bits is not None and (stateless or not runtime.on_cpu):
+                where = "in stateless_apply" if stateless else "with variables that are not on the CPU"
+                raise RuntimeError(f"state_bits={optimizer.state_bits}: expected None {where}")
+            if stateless:
                 self.eager_step(optimizer, members, grads)
             elif runtime.on_cpu:
                 self._kernel_step(optimizer, members, grads)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import keras
 from keras import saving
 
+from nadam.core.compressed import check_state_options
 from nadam.core.config import FIELDS, SPELLING, Configured, hyperparameters
 from nadam.core.dtypes import COMPUTE_DTYPE
 from nadam.core.hyperparameters import BiasCorrection, Hyperparameters, Now, current
@@ -22,6 +23,7 @@ LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 EXCLUDED = "excluded_from_weight_decay"  # in a config: patterns
 # Settings that Keras's own has not, with their defaults, which a config leaves out.
 OWN = {"momentum_decay": 1.0, "bias_correction": "nadam", "skip_nonfinite": False, "track_grad_norm": False}
+OWN |= {"state_bits": None, "seed": 0}
 
 
 @saving.register_keras_serializable(package="nadam")
@@ -59,9 +61,13 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             nothing but ``last_step.skipped_steps``.
         track_grad_norm: Whether ``last_step`` has the norm of all gradients also without clipping, for one more read of
             them.
+        state_bits: 8 to keep both moments of each variable of at least 4,096 elements in a byte each, with a byte more
+            for each 32 (core/compressed.py), stochastically rounded; None for float32. Only on torch, on the CPU.
+        seed: Of that rounding, ``0 <= seed < 2**32``; it also depends on the step, so a resumed run goes on alike.
 
     Raises:
         ValueError: A value out of its range, two clips, or an unknown argument; it is named, with what is allowed.
+            ``state_bits`` on another backend than torch.
         TypeError: A value that is not a number.
         AttributeError: Setting what other hosts call one of these, as ``lr``.
 
@@ -73,6 +79,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
     Reference:
         Dozat (2016), Incorporating Nesterov Momentum into Adam.
     """
+
+    _options = ("state_bits", "seed")
 
     @known_arguments(ValueError)
     def __init__(
@@ -96,7 +104,12 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         bias_correction: BiasCorrection = "nadam",
         skip_nonfinite: bool = False,
         track_grad_norm: bool = False,
+        state_bits: int | None = None,
+        seed: int = 0,
     ) -> None:
+        check_state_options(state_bits, seed)
+        if state_bits is not None and not backend.keeps_codes:
+            raise ValueError(f"state_bits={state_bits}: expected None on the {keras.backend.backend()} backend")
         hyper = hyperparameters({name: plain(value) for name, value in locals().items()})
         object.__setattr__(self, "_hyper", hyper)  # Keras sets nothing before its own __init__, which sets these
         shared = {field: getattr(hyper, field) for field in FIELDS if field not in (*SPELLING, *OWN)}
@@ -106,6 +119,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             kind = {"dtype": COMPUTE_DTYPE[keras.config.floatx()], "aggregation": "only_first_replica"}
             initializer = keras.initializers.Constant(hyper.lr)
             self._learning_rate: Any = self.add_variable((), initializer, name="learning_rate", **kind)
+        self._state_bits, self._seed = state_bits, seed
         self._runtime = Runtime()
         self._report: Any = None  # the variable of that name, where a setting asks for it
 
@@ -113,6 +127,16 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         """For a setting, the value of a variable: Keras would take the variable itself for one of the optimizer's."""
         is_setting = isinstance(value, keras.Variable) and hasattr(type(self), name)
         super().__setattr__(name, plain(value) if is_setting else value)
+
+    @property
+    def state_bits(self) -> int | None:
+        """How moments are kept; given to the constructor."""
+        return self._state_bits
+
+    @property
+    def seed(self) -> int:
+        """Of their rounding; given to the constructor."""
+        return self._seed
 
     @property
     def learning_rate(self) -> Any:
@@ -143,8 +167,8 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         """The optimizer's variables in Keras's order.
 
         iteration, learning_rate (absent for a schedule or callable), averages, accumulators, per variable first and
-        second moment, momentum product; last, with ``skip_nonfinite`` or ``track_grad_norm``, what the last step
-        reports.
+        second moment, with ``state_bits`` their scales, momentum product; last, with ``skip_nonfinite`` or
+        ``track_grad_norm``, what the last step reports.
         """
         backend.sync_counters(self)
         return list(super().variables)
@@ -284,9 +308,9 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that Keras can save.
 
-        What Keras's own has not (``momentum_decay``, ``bias_correction``, ``skip_nonfinite``, ``track_grad_norm``) or
-        forgets, the exclusions from weight decay, is left out where there is nothing to say: keras.optimizers.Nadam
-        then takes the config as well.
+        What Keras's own has not (``momentum_decay``, ``bias_correction``, ``skip_nonfinite``, ``track_grad_norm``,
+        ``state_bits``, ``seed``) or forgets, the exclusions from weight decay, is left out where there is nothing to
+        say: keras.optimizers.Nadam then takes the config as well.
         """
         rate = self._learning_rate
         config = super(Configured, self).get_config()

@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState, widened
+from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.keras.backends import SKIPPED, backend
 from nadam.keras.optimizer import Nadam
-from nadam.keras.slots import path_of
+from nadam.keras.slots import keeps_codes, path_of
 
 Array = NDArray[Any]
 Optimizer = Any
 # Where Keras's optimizers, and ours, have the state of each variable.
 SLOTS = {"exp_avg": "_momentums", "exp_avg_sq": "_velocities"}
+SLOTS |= {"exp_avg_scale": "_momentum_scales", "exp_avg_sq_scale": "_velocity_scales"}
 SLOTS |= {"ema": "_model_variables_moving_average", "accumulator": "_accumulated_gradients"}
 
 
@@ -55,7 +57,7 @@ def export(optimizer: Optimizer, params: Any = None) -> PortableState:
         momentum_product=product,
         position=position,
         skipped_steps=_skipped(inner),
-        groups=[settings_of(*each, adam=_is_adam(inner)) for each in by_decay(h, _decays(inner, trained))],
+        groups=[_settings(inner, *each) for each in by_decay(h, _decays(inner, trained))],
         loss_scale=None if scaling is None else _loss_scale(scaling),
         values=None if params is None else {path: _array(variable) for path, variable in _named(params).items()},
     )
@@ -74,6 +76,10 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
     for settings, own in by_decay(h, _decays(inner, trained)):
         state.check_settings(settings, own, adam=_is_adam(inner))
     product, steps = state.product(h), h.gradient_accumulation_steps or 1
+    by_path = dict(zip(paths, trained, strict=True))
+    codes = {path: None for path, v in by_path.items() if isinstance(inner, Nadam) and keeps_codes(inner, v)}
+    halves = [path for path, v in by_path.items() if keras.backend.standardize_dtype(v.dtype) == "bfloat16"]
+    state = fitted(state, codes, dict.fromkeys(halves, 0))
 
     if not optimizer.built:
         optimizer.build(trained)
@@ -87,7 +93,7 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
                 continue
             array = None if given is None else getattr(given, slot)
             if array is None and (given is None or slot == "accumulator"):
-                array = _array(trained[i]) if slot == "ema" else np.zeros(shapes[path])
+                array = _array(trained[i]) if slot == "ema" else np.zeros(kept[i].shape)
             kept[i].assign(array)
     calls = state.step * steps + state.position
     inner._iterations.assign(calls)
@@ -151,6 +157,12 @@ def _hyper(inner: Optimizer) -> Hyperparameters:
     now = float(keras.ops.convert_to_numpy(rate))
     # Which is kept in float32.
     return h if not callable(h.lr) and np.float32(h.lr) == np.float32(now) else replace(h, lr=now)
+
+
+def _settings(inner: Optimizer, h: Hyperparameters, names: list[str]) -> dict[str, Any]:
+    """An entry of `PortableState.groups`; of ours, with how it keeps its state."""
+    found = settings_of(h, names, adam=_is_adam(inner))
+    return {**found, **inner._kept()} if isinstance(inner, Nadam) else found
 
 
 def _decays(inner: Optimizer, trained: list[Any]) -> dict[str, bool]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
+from nadam.core.compressed import is_compressed, num_scales
 from nadam.core.config import warn_of_unused
 from nadam.core.dtypes import COMPUTE_DTYPE
 
@@ -25,6 +27,8 @@ class Slot(NamedTuple):
     ema: Variable | None
     accumulator: Variable | None
     decays: bool
+    exp_avg_scale: Variable | None = None  # of moments of 8 bits (core/compressed.py)
+    exp_avg_sq_scale: Variable | None = None
 
 
 def plain(value: Any) -> Any:
@@ -73,15 +77,16 @@ def build(optimizer: Optimizer, variables: list[Variable], backend: Any) -> None
     dtypes = [_state_dtype(optimizer, variable) for variable in variables]
     if len({optimizer._var_key(variable) for variable in variables}) != len(variables):
         raise ValueError("variables: the same variable twice")
+    backend.check_devices(optimizer, variables)
     optimizer._runtime.exclusion.warn_of_unused(variables, optimizer._var_key)
 
-    def add(variable: Variable, dtype: str | None, name: str, initializer: Any = "zeros") -> Variable | None:
+    def add(variable: Variable, dtype: str | None, name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
         if dtype is None:
             return None
         own_name = f"{path_of(variable).replace('/', '_').replace(':', '_')}_{name}"
         layout = getattr(variable, "_layout", None)
         with backend.near(optimizer, variable):
-            return optimizer.add_variable(variable.shape, initializer, dtype, layout=layout, name=own_name)
+            return optimizer.add_variable(shape or variable.shape, initializer, dtype, layout=layout, name=own_name)
 
     def present(variable: Variable) -> Any:
         return lambda shape, dtype: keras.ops.cast(keras.ops.copy(getattr(variable, "value", variable)), dtype)
@@ -96,18 +101,34 @@ def build(optimizer: Optimizer, variables: list[Variable], backend: Any) -> None
     if optimizer.gradient_accumulation_steps:
         accumulators = [add(v, dtype or v.dtype, "gradient_accumulator") for v, dtype in given]
         kept["_accumulated_gradients"] = accumulators
-    moments = [(add(v, dtype, "momentum"), add(v, dtype, "velocity")) for v, dtype in given]
+    codes = [keeps_codes(optimizer, variable) for variable in variables]
+    pairs = [("int8", "uint8") if small else (dtype, dtype) for small, dtype in zip(codes, dtypes, strict=True)]
+    moments = [(add(v, a, "momentum"), add(v, b, "velocity")) for v, (a, b) in zip(variables, pairs, strict=True)]
     kept["_momentums"], kept["_velocities"] = map(list, zip(*moments, strict=True)) if moments else ([], [])
+    names, scales = ("momentum_scale", "velocity_scale"), [(None, None)] * len(given)
+    for i in np.flatnonzero(codes):
+        shape = (num_scales(prod(variables[i].shape)),)
+        scales[i] = tuple(add(variables[i], "uint8", name, shape=shape) for name in names)
+    if any(codes):
+        kept["_momentum_scales"], kept["_velocity_scales"] = map(list, zip(*scales, strict=True))
     scalars = "float64" if "float64" in dtypes else "float32" if any(dtypes) else COMPUTE_DTYPE[keras.config.floatx()]
     optimizer._momentum_product = optimizer.add_variable((), "ones", scalars, name="momentum_product")
     if optimizer.skip_nonfinite or optimizer.track_grad_norm:
         optimizer._report = optimizer.add_variable((3,), "zeros", scalars, name="report")
     decays = map(optimizer._use_weight_decay, variables)
-    parts = zip(variables, moments, averages, accumulators, decays, strict=True)
-    optimizer._runtime.slots = tuple(Slot(variable, *both, *rest) for variable, both, *rest in parts)
+    parts = zip(variables, moments, averages, accumulators, decays, scales, strict=True)
+    optimizer._runtime.slots = tuple(Slot(variable, *both, *rest, *last) for variable, both, *rest, last in parts)
     optimizer._runtime.overwritten = None in dtypes
     for name, value in kept.items():
         object.__setattr__(optimizer, name, value)  # Keras need not look into these: it has the variables already
+
+
+def keeps_codes(optimizer: Optimizer, variable: Variable) -> bool:
+    """Whether the moments of a variable are kept in 8 bits."""
+    if optimizer.state_bits is None:
+        return False
+    dtype = _state_dtype(optimizer, variable)
+    return dtype is not None and is_compressed(prod(variable.shape), dtype)
 
 
 def _state_dtype(optimizer: Optimizer, variable: Variable) -> str | None:

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from nadam.core.portable_checks import LARGEST_SCALES
 from nadam.keras.slots import path_of
 
 Array = NDArray[Any]
@@ -25,6 +26,9 @@ SLOT, VARIABLE, CHECKSUM = "slot", "variable", "crc32"
 
 # Between what the values of a slot lie, where that is not anything finite.
 LIMITS = {"velocity": (0, np.inf), ITERATION: (0, np.inf), LEARNING_RATE: (0, np.inf), PRODUCT: (0, 1)}
+LIMITS |= {"momentum_scale": (0, LARGEST_SCALES["exp_avg_scale"])}
+LIMITS |= {"velocity_scale": (0, LARGEST_SCALES["exp_avg_sq_scale"])}
+CODE_DTYPES = ("int8", "uint8")  # of moments of 8 bits, and their scales
 
 
 class Label(NamedTuple):
@@ -56,6 +60,7 @@ def labels(optimizer: Optimizer) -> list[Label]:
         *each("ema", "average"),
         *each("accumulator", "gradient_accumulator"),
         *each("exp_avg", "momentum", "velocity"),
+        *each("exp_avg_scale", "momentum_scale", "velocity_scale"),
         *[Label(PRODUCT)] * optimizer.built,
         *[Label(REPORT)] * (optimizer.built and optimizer._report is not None),
     ]
@@ -136,10 +141,15 @@ def _completed(optimizer: Optimizer, read: Sequence[Entry], wanted: Sequence[Lab
     begin = {"average": lambda i: optimizer._runtime.slots[i].variable.value, PRODUCT: lambda _: 1.0}
     fresh, seen = list(read), [label.slot for label in wanted[: len(read)]]
     for label, variable in list(zip(wanted, optimizer.variables, strict=True))[len(read) :]:
-        value = begin.get(label.slot, lambda _, shape=variable.shape: np.zeros(shape))(seen.count(label.slot))
+        value = begin.get(label.slot, lambda _, like=variable: _zeros(like))(seen.count(label.slot))
         fresh.append(Entry(np.array(keras.ops.convert_to_numpy(value)), label if read[0].label else None, None, None))
         seen.append(label.slot)
     return fresh
+
+
+def _zeros(variable: Any) -> Array:
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return np.zeros(variable.shape, dtype if dtype in CODE_DTYPES else np.float64)
 
 
 def _matched(optimizer: Optimizer, read: list[Entry], wanted: list[Label]) -> list[Entry]:
@@ -180,6 +190,8 @@ def _checked(label: Label, variable: Any, entry: Entry) -> Array:
     kinds, kind = ("iu", "integers") if label.slot == ITERATION else ("iuf", "real numbers")
     if tuple(array.shape) != tuple(variable.shape):
         raise ValueError(f"{label}: shape {tuple(array.shape)}, expected {tuple(variable.shape)}")
+    if dtype in CODE_DTYPES and array.dtype != dtype:
+        raise ValueError(f"{label}: dtype {array.dtype}, expected {dtype}")
     if array.dtype.kind not in kinds and (label.slot == ITERATION or array.dtype.name != "bfloat16"):
         raise ValueError(f"{label}: dtype {array.dtype}, expected {kind}")
     if entry.checksum is not None and _checksum(array) != entry.checksum:

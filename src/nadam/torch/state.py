@@ -126,10 +126,11 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...], dev
         kept[name] = Kept(_placed(name, tensor, param, device))
     _check_ranges(where, kept)
     _check_codes(where, kept)
-    if SCALES["exp_avg"] in kept and not fits_order(entry, param):
-        plain = wide({name: entry[name] for name in (*SCALES, *SCALES.values())})
-        kept = {name: value for name, value in kept.items() if name not in SCALES.values()}
-        kept |= {name: Kept(_placed(name, plain[name], param)) for name in SCALES}
+    if SCALES["exp_avg"] in kept:
+        codes = {name: _tensor(where, entry[name]) for name in (*SCALES, *SCALES.values())}
+        if not fits_order(codes, param):
+            kept = {name: value for name, value in kept.items() if name not in codes}
+            kept |= {name: Kept(_placed(name, tensor, param)) for name, tensor in wide(codes).items()}
     return kept
 
 
