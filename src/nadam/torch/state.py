@@ -130,7 +130,7 @@ def _entry(where: str, entry: Any, param: Tensor, required: tuple[str, ...], dev
         codes = {name: _tensor(where, entry[name]) for name in (*SCALES, *SCALES.values())}
         if not fits_order(codes, param):
             kept = {name: value for name, value in kept.items() if name not in codes}
-            kept |= {name: Kept(_placed(name, tensor, param)) for name, tensor in wide(codes).items()}
+            kept |= {name: Kept(_placed(name, tensor, param, device)) for name, tensor in wide(codes).items()}
     return kept
 
 
