@@ -20,6 +20,10 @@ from nadam.jax.trees import chosen, dtype_of
 
 Array = NDArray[Any]
 SLOTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "ema": "ema", "accumulator": "accumulator"}
+SLOTS |= {
+    "exp_avg_scale": "mu_scale",
+    "exp_avg_sq_scale": "nu_scale",
+}  # leaves where moments are 8-bit codes, else None
 
 
 def knows(state: Any) -> bool:
@@ -52,7 +56,10 @@ def export(state: Any, params: Any = None) -> PortableState:
     position = (calls + int(ours.beyond)) % steps if fused else 0
     found = {
         name: ParamState(
-            updates, product, accumulated=position > 0, **{s: column[name] for s, column in columns.items()}
+            updates,
+            product,
+            accumulated=position > 0,
+            **{s: column[name] for s, column in columns.items() if name in column},
         )
         for name in names
     }
@@ -95,7 +102,10 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
     state.check_complex({name for name, leaf in leaves.items() if dtype_of(leaf).kind == "c"}, joint=True)
     for settings, own in _groups(like, ours):
         state.check_settings(settings, own)
-    state = fitted(state, {}, {name: 0 for name, leaf in _leaves(params).items() if dtype_of(leaf).name == "bfloat16"})
+    codes = dict.fromkeys(_leaves(getattr(ours, "mu_scale", None)))
+    state = fitted(
+        state, codes, {name: 0 for name, leaf in _leaves(params).items() if dtype_of(leaf).name == "bfloat16"}
+    )
     fields: dict[str, Any] = {}
     for slot, name in SLOTS.items():
         kept = getattr(ours, name, None)
