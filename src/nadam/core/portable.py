@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable_checks import are_names, check_count, check_names, check_number, some
-from nadam.core.portable_formats import joined_values, split_values
+from nadam.core.portable_formats import Order, is_cut, joined_values, kept_moments, split_values, warn_of_rounding
 from nadam.core.portable_param import SLOTS as SLOTS
 from nadam.core.portable_param import ParamState as ParamState
 from nadam.core.portable_param import checked_param
@@ -221,6 +221,28 @@ class PortableState:
                 f"settings differ, those here are kept: {'; '.join(differ[key] for key in sorted(differ))}",
                 stacklevel=2,
             )
+
+    def fitted(self, codes: Mapping[str, Order], bits: Mapping[str, int]) -> PortableState:
+        """The state with moments as an optimizer keeps them, to go on from.
+
+        Args:
+            codes: The parameters whose moments are kept in 8 bits, with the order of their axes in memory.
+            bits: Of the remainder beside each bfloat16 parameter; 0 where there is none.
+
+        Warns:
+            UserWarning: Moments or parameters are rounded.
+        """
+        params, rounded = {}, []
+        for name, each in self.params.items():
+            arrays, exact = kept_moments(each.arrays(), name in codes, codes.get(name))
+            params[name] = each.having(arrays)
+            rounded += [name] * (not exact)
+        cut = [name for name, kept in bits.items() if name in params and is_cut(params[name].remainder, kept)]
+        if cut:
+            few = " and ".join(f"{n} bits" if n else "none" for n in sorted({bits[name] for name in cut}))
+            warnings.warn(f"remainder: {some(cut)}: {few} kept here, to which parameters are rounded", stacklevel=2)
+        warn_of_rounding(rounded)
+        return replace(self, params=params)
 
     def learning_rate(self, names: Iterable[str]) -> float | None:
         """The learning rate of some parameters, where it is a number and the same for all of them."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nadam.core.compressed import SCALES, narrowed, widened
 from nadam.core.portable_checks import some
-
-if TYPE_CHECKING:
-    from nadam.core.portable import PortableState
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -61,30 +57,6 @@ def kept_moments(arrays: Arrays, codes: bool, order: Order = None) -> tuple[dict
     exact = all((one == other).all() for one, other in zip(flat, widened(*made), strict=True))
     shaped = {name: _shaped(each, wide[name].shape, order) for name, each in zip(SCALES, made[:2], strict=True)}
     return wide | shaped | dict(zip(SCALES.values(), made[2:], strict=True)), exact
-
-
-def fitted(state: PortableState, codes: Mapping[str, Order], bits: Mapping[str, int]) -> PortableState:
-    """A state with moments as an optimizer keeps them, to go on from.
-
-    Args:
-        state: What was saved.
-        codes: The parameters whose moments are kept in 8 bits, with the order of their axes in memory.
-        bits: Of the remainder beside each bfloat16 parameter; 0 where there is none.
-
-    Warns:
-        UserWarning: Moments or parameters are rounded.
-    """
-    params, rounded = {}, []
-    for name, each in state.params.items():
-        arrays, exact = kept_moments(each.arrays(), name in codes, codes.get(name))
-        params[name] = each.having(arrays)
-        rounded += [name] * (not exact)
-    cut = [name for name, kept in bits.items() if name in params and _is_cut(params[name].remainder, kept)]
-    if cut:
-        few = " and ".join(f"{n} bits" if n else "none" for n in sorted({bits[name] for name in cut}))
-        warnings.warn(f"remainder: {some(cut)}: {few} kept here, to which parameters are rounded", stacklevel=2)
-    warn_of_rounding(rounded)
-    return replace(state, params=params)
 
 
 def warn_of_rounding(names: list[str]) -> None:
@@ -134,7 +106,7 @@ def _lower(rest: Array) -> Array:
     return rest.astype(np.int32).view(np.uint32) << np.uint32(16 - 8 * rest.itemsize)
 
 
-def _is_cut(rest: Array | None, bits: int) -> bool:
+def is_cut(rest: Array | None, bits: int) -> bool:
     """Whether remainders have others than 0 among the bits of theirs that are not kept."""
     return rest is not None and bool((_lower(rest) & np.uint32((1 << 16 - bits) - 1)).any())
 

@@ -52,12 +52,12 @@ class ParamState:
         return {name: array for name in SLOTS if (array := getattr(self, name)) is not None}
 
     def having(self, arrays: Mapping[str, Array]) -> ParamState:
-        """The same with these arrays, by name, and no others."""
+        """A copy with these arrays, by name, and no others."""
         given: dict[str, Any] = {**dict.fromkeys(SLOTS), **arrays}
         return replace(self, **given)
 
     def wide(self) -> ParamState:
-        """The same with float32 moments where they are codes."""
+        """A copy with float32 moments where they are codes."""
         return self.having(wide_moments(self.arrays()))
 
 

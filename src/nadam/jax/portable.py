@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState, widened
-from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.jax.fused_state import LAST_COUNT, FusedState
 from nadam.jax.fused_step import Fused
@@ -20,10 +19,7 @@ from nadam.jax.trees import chosen, dtype_of
 
 Array = NDArray[Any]
 SLOTS = {"exp_avg": "mu", "exp_avg_sq": "nu", "ema": "ema", "accumulator": "accumulator"}
-SLOTS |= {
-    "exp_avg_scale": "mu_scale",
-    "exp_avg_sq_scale": "nu_scale",
-}  # leaves where moments are 8-bit codes, else None
+SLOTS |= {"exp_avg_scale": "mu_scale", "exp_avg_sq_scale": "nu_scale"}  # with leaves only where moments are codes
 
 
 def knows(state: Any) -> bool:
@@ -103,9 +99,8 @@ def restore(like: Any, state: PortableState, params: Any = None) -> tuple[Any, A
     for settings, own in _groups(like, ours):
         state.check_settings(settings, own)
     codes = dict.fromkeys(_leaves(getattr(ours, "mu_scale", None)))
-    state = fitted(
-        state, codes, {name: 0 for name, leaf in _leaves(params).items() if dtype_of(leaf).name == "bfloat16"}
-    )
+    halves = [name for name, leaf in _leaves(params).items() if dtype_of(leaf).name == "bfloat16"]
+    state = state.fitted(codes, dict.fromkeys(halves, 0))
     fields: dict[str, Any] = {}
     for slot, name in SLOTS.items():
         kept = getattr(ours, name, None)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from nadam.core.config import hyperparameters
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState, widened
-from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.keras.backends import SKIPPED, backend
 from nadam.keras.optimizer import Nadam
@@ -79,7 +78,7 @@ def restore(optimizer: Optimizer, state: PortableState, params: Any = None) -> t
     by_path = dict(zip(paths, trained, strict=True))
     codes = {path: None for path, v in by_path.items() if isinstance(inner, Nadam) and keeps_codes(inner, v)}
     halves = [path for path, v in by_path.items() if keras.backend.standardize_dtype(v.dtype) == "bfloat16"]
-    state = fitted(state, codes, dict.fromkeys(halves, 0))
+    state = state.fitted(codes, dict.fromkeys(halves, 0))
 
     if not optimizer.built:
         optimizer.build(trained)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from nadam.core.counters import SEEN, SKIPPED
 from nadam.core.portable import ParamState, PortableState, widened
-from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import by_decay, settings_of
 from nadam.numpy.loss_scale import LossScaleOptimizer
 from nadam.numpy.optimizer import Nadam
@@ -100,7 +99,7 @@ def _fitted(parameters: Parameters, state: PortableState) -> PortableState:
     """A state with moments in the formats of these parameters."""
     codes = {entry.name: entry.order for entry in parameters.entries if entry.exp_avg_scale is not None}
     halves = [entry.name for entry in parameters.entries if entry.array.dtype.name == "bfloat16"]
-    return fitted(state, codes, dict.fromkeys(halves, 0))
+    return state.fitted(codes, dict.fromkeys(halves, 0))
 
 
 def _put(parameters: Parameters, state: PortableState, product: float, steps: int) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState
-from nadam.core.portable_formats import fitted
 from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.buckets import extra_state
@@ -144,10 +143,10 @@ def _fitted(ours: NAdam | None, state: PortableState, trained: Mapping[str, Tens
     """A state with moments in the formats that one of our optimizers, or PyTorch's, has of these parameters."""
     halves = {name: param for name, param in trained.items() if param.dtype == torch.bfloat16}
     if ours is None:
-        return fitted(state, {}, dict.fromkeys(halves, 0))
+        return state.fitted({}, dict.fromkeys(halves, 0))
     options = ours._options
     codes = {name: memory_order(param) for name, param in trained.items() if options.compresses(param)}
-    return fitted(state, codes, dict.fromkeys(halves, 8 * options.remainder_dtype.itemsize if options.remainder else 0))
+    return state.fitted(codes, dict.fromkeys(halves, 8 * options.remainder_dtype.itemsize if options.remainder else 0))
 
 
 def from_state_dict(state_dict: Mapping[str, Any], kind: str = "NAdam") -> PortableState:
