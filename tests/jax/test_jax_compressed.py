@@ -1,5 +1,6 @@
 """`fused` with moments of 8 bits: by the kernel and by XLA's loops, the codes of the format and of the NumPy host."""
 
+import math
 import pickle
 
 import jax
@@ -296,3 +297,26 @@ def test_to_optax_and_back():
 
 def test_the_optimizer_tells_how_it_was_made():
     assert (make().state_bits, make().seed, fused(0.1).state_bits) == (8, SEED, None)
+
+
+def test_a_run_moves_from_numpy_and_back_with_its_codes(tmp_path):
+    path, settings = tmp_path / "run.nadam", {"state_bits": 8, "seed": 3}
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.standard_normal((70, 90)).astype(np.float32), "b": np.zeros(9, np.float32)}
+    optimizer = nadam.Nadam(0.01, momentum_decay=math.inf, **settings)
+    for _ in range(3):
+        optimizer.apply({name: rng.standard_normal(a.shape).astype(np.float32) for name, a in arrays.items()}, arrays)
+    nadam.checkpoint.save(path, optimizer, arrays)
+    other = fused(0.01, eps=1e-7, **settings)
+    params = jax.tree.map(jnp.zeros_like, arrays)
+    state, params = nadam.checkpoint.load(path, (other, other.init(params)), params)
+    entries = {entry.name: entry for entry in optimizer._parameters.entries}
+    np.testing.assert_array_equal(params["w"], arrays["w"])
+    names = {"mu": "exp_avg", "nu": "exp_avg_sq", "mu_scale": "exp_avg_scale", "nu_scale": "exp_avg_sq_scale"}
+    for field, name in names.items():
+        np.testing.assert_array_equal(getattr(state, field)["w"], getattr(entries["w"], name))
+    nadam.checkpoint.save(path, (other, state), params)
+    again = nadam.Nadam(0.01, momentum_decay=math.inf, **settings)
+    nadam.checkpoint.load(path, again, {name: np.zeros_like(array) for name, array in arrays.items()})
+    for name, kept in entries["w"].state.items():
+        np.testing.assert_array_equal({e.name: e for e in again._parameters.entries}["w"].state[name], kept)
