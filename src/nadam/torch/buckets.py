@@ -245,12 +245,14 @@ def _check_scales(name: str, tensor: Tensor, param: Tensor) -> None:
 
 def zeros_beside(param: Tensor, place: int, dtype: torch.dtype) -> Tensor:
     """Zeros in a parameter's order of dimensions; large ones are shifted in memory against it, by ``place`` SHIFTs."""
-    plain = torch.zeros_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format)
-    if plain.nbytes < LARGE or not plain.is_cpu or type(plain) is not Tensor:
-        return plain
-    offset = place * SHIFT // plain.itemsize
-    memory = torch.zeros(plain.numel() + offset, dtype=dtype, device="cpu")
-    return memory.as_strided(plain.size(), plain.stride(), offset)
+    plain = param.detach()
+    if plain.numel() * dtype.itemsize < LARGE or not plain.is_cpu or type(plain) is not Tensor:
+        return torch.zeros_like(plain, dtype=dtype, memory_format=torch.preserve_format)
+    # On the meta device, since memory that is freed again may leave a hole as large as all of the state.
+    like = torch.empty_like(plain, dtype=dtype, device="meta", memory_format=torch.preserve_format)
+    offset = place * SHIFT // like.itemsize
+    memory = torch.zeros(like.numel() + offset, dtype=dtype, device="cpu")
+    return memory.as_strided(like.size(), like.stride(), offset)
 
 
 def usable(grad: Tensor, name: str) -> Tensor:
