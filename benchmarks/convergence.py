@@ -11,6 +11,7 @@ All optimizers of a seed begin with the same weights and see the same batches, t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -105,15 +106,15 @@ def digits_task(convolutional: bool) -> Task:
     return Task(conv if convolutional else mlp, (images, labels), tuple(held_out), steps=400, batch=64)
 
 
-def text_task(warmup: int, context: int = 32) -> Task:
-    """Python's own help, the last tenth of it held out."""
+def text_task(warmup: int, context: int = 32, **sizes: int) -> Task:
+    """Python's own help, the last tenth of it held out; sizes are the transformer's."""
     text = "\n".join(topics.values())
     code_of = {character: code for code, character in enumerate(sorted(set(text)))}
     codes = torch.tensor([code_of[character] for character in text])
     train, held_out = codes.tensor_split([len(codes) * 9 // 10])
     windows = train.unfold(0, context + 1, 1)
     spread = held_out.unfold(0, context + 1, (len(held_out) - context) // 128)
-    make = partial(Transformer, len(code_of), context)
+    make = partial(Transformer, len(code_of), context, **sizes)
     rows = ((of[:, :-1], of[:, 1:]) for of in (windows, spread))
     return Task(make, *rows, steps=300, batch=16, warmup=warmup)
 
@@ -128,7 +129,7 @@ PARTS = [*TASKS, "times", "published"]
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+    return cross_entropy(model(inputs).flatten(0, -2).float(), targets.flatten())
 
 
 def advance(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> float:
@@ -164,10 +165,18 @@ def significant(number: float) -> float | None:
 
 
 def run(task: Task, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train once; return held-out losses at the checks, held-out accuracy, mean loss of the last tenth of batches."""
+    """Train once with one of the optimizers."""
+    return train(task, partial(OPTIMIZERS[optimizer], lr=rate), seed)
+
+
+def train(task: Task, optimizer: Callable[..., torch.optim.Optimizer], seed: int) -> dict[str, Any]:
+    """Train once; return held-out losses at the checks, held-out accuracy, mean loss of the last tenth of batches.
+
+    What is held out is computed in float32, whatever the parameters are.
+    """
     torch.manual_seed(seed)
     model = task.make()
-    stepping = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
+    stepping = optimizer(model.parameters())
     schedule = LambdaLR(stepping, partial(share_of_rate, warmup=task.warmup, steps=task.steps))
     losses, found, accuracy = [], [], 0.0
     for step, rows in enumerate(torch.from_numpy(batches(task, seed)), 1):
@@ -176,7 +185,7 @@ def run(task: Task, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
         if step in checks(task.steps):
             inputs, targets = task.held_out
             with torch.no_grad():
-                logits = model(inputs)
+                logits = copy.deepcopy(model).float()(inputs)
             found.append(significant(cross_entropy(logits.flatten(0, -2), targets.flatten()).item()))
             accuracy = (logits.argmax(-1) == targets).double().mean().item()
     last = float(np.mean(losses[-max(1, task.steps // 10) :]))

@@ -114,6 +114,9 @@ def test_what_is_kept_is_counted(host):
     rows = measured(host, "kept")
     assert {row.who for row in rows} > {"ours"}
     assert {row.bytes for row in rows if (row.dtype, row.kind, row.who) == ("float32", "plain", "ours")} == {8.0}
+    codes, scales = 2 * 100_000, 2 * 49 * 64  # a byte for each of 32 in blocks of 2,048
+    small = {row.bytes for row in rows if (row.dtype, row.kind) == ("float32", "state_bits=8")}
+    assert small == {(codes + scales) / 100_000}
 
 
 def test_a_process_that_ends_early_is_reported():

@@ -60,6 +60,8 @@ def _on_numpy(dtype: str) -> Iterator[Contestant]:
 
     yield PLAIN, OURS, ours
     yield EMA, OURS, lambda: ours(use_ema=True)
+    if dtype != "float64":
+        yield "state_bits=8", OURS, lambda: ours(state_bits=8)
     yield PLAIN, "NumPy", plain
 
 
@@ -77,8 +79,12 @@ def _on_torch(dtype: str) -> Iterator[Contestant]:
 
     yield PLAIN, OURS, lambda: state(NAdam)
     yield EMA, OURS, lambda: state(NAdam, use_ema=True)
+    if dtype != "float64":
+        yield "state_bits=8", OURS, lambda: state(NAdam, state_bits=8)
     if dtype == "bfloat16":
         yield "remainder", OURS, lambda: state(NAdam, remainder=True)
+        yield "remainder=8", OURS, lambda: state(NAdam, remainder=8)
+        yield "remainder=8, state_bits=8", OURS, lambda: state(NAdam, remainder=8, state_bits=8)
         yield "exp_avg in bfloat16", OURS, lambda: state(NAdam, exp_avg_dtype=torch.bfloat16)
     yield PLAIN, "NAdam", lambda: state(torch.optim.NAdam)
     yield PLAIN, "fused Adam", lambda: state(torch.optim.Adam, fused=True)
