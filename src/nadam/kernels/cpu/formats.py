@@ -133,13 +133,13 @@ def split_8_bits_plain(value, noise):
 @njit(inline="always")
 def join_bfloat16(half, rest):
     """The float32 that was split: the rest is a signed number."""
-    return float_from_bits(added(uint32(uint32(half) << uint32(16)), sign_extended(rest)))
+    return float_from_bits(added(uint32(uint32(half) << uint32(16)), sign_extended(uint16(rest))))
 
 
 @njit(inline="always")
 def join_8_bits(half, rest):
     """`join_bfloat16` of a rest of 8 bits."""
-    shifted = uint32(sign_extended(rest) << uint32(8))
+    shifted = uint32(sign_extended(uint8(rest)) << uint32(8))
     return float_from_bits(added(uint32(uint32(half) << uint32(16)), shifted))
 
 
