@@ -20,7 +20,7 @@ class Watched:
     def __init__(self, params, grads):
         moments = [[torch.zeros(p.shape) for _ in range(2)] for p in params]
         self.slots = [
-            memory.Slot(str(i), p, *own, None, None, None, decays=True, averaged=True)
+            memory.Slot(str(i), p, *own, *[None] * 5, decays=True, averaged=True)
             for i, (p, own) in enumerate(zip(params, moments, strict=True))
         ]
         made = memory.TensorPlan(self.slots, grads, range(len(params)))

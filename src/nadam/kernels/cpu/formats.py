@@ -14,6 +14,9 @@ from numba.extending import intrinsic
 from nadam.core.dtypes import SPLIT, SPLIT8
 
 _SMALLEST_NORMAL_HALF = 2.0**-14
+# What the compiler may do to arithmetic: fuse a product and a sum, share a reciprocal; nothing that assumes away NaN or
+# infinity.
+KEEP_NAN = {"contract", "nsz", "arcp"}
 
 
 @intrinsic

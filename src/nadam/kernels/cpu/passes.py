@@ -17,24 +17,12 @@ from nadam.core.dtypes import COMPRESSED, COMPUTE_DTYPE, HALF, SPLIT, SPLIT8, WI
 from nadam.core.rebind import bind_element, rebind
 from nadam.core.scalars import Scalars, where
 from nadam.kernels import layout as at
-from nadam.kernels.cpu.compressed import (
-    compute_bound,
-    larger,
-    magnitude_bits,
-    narrow_codes,
-    new_scales,
-    noise,
-    of_block,
-    of_group,
-    prefetch,
-    scales_of,
-    widen_codes,
-)
+from nadam.kernels.cpu.compressed import compute_bound, noise, of_blocks
 from nadam.kernels.cpu.formats import (
     CASTS,
     FORMATS,
+    KEEP_NAN,
     REMAINDERS,
-    bits_of_float,
     hash32,
     narrow_bfloat16_plain,
     narrow_bfloat16_stochastic,
@@ -43,13 +31,8 @@ from nadam.kernels.cpu.formats import (
 )
 from nadam.kernels.cpu.memory import PIECE, access, doubles, fetch_add, fields_of, integers, pointer_to
 
-# Fused multiply-add and a shared reciprocal, nothing that assumes away NaN or infinity.
-KEEP_NAN = {"contract", "nsz", "arcp"}
 # A chunk that is copied out and back takes up to so many times as long; the budget is one of time.
 COST_OF_STRIDED = 16
-# Where moments are in 8 bits, lines of memory are asked for so many elements before they are needed: the processor
-# foresees a stream of loads, but not one that pauses after each block. With it a step takes 0.87 of the time.
-AHEAD, LINE = 1024, 64
 # Sums of squares may be taken in any order within a chunk: that order is the compiler's, the same on every run.
 ANY_ORDER = {"contract", "nsz", "reassoc"}
 
@@ -178,41 +161,7 @@ def one_pass(
             m[i] = narrow_bfloat16_stochastic(first, hash32(start + i, key)) if halved else first
             v[i] = second
 
-    def for_blocks(whole):
-        @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-        def block(p, r, g, m, v, m_scales, v_scales, e, a, n, s, factor, decay, key, p_next, g_next, m_next, v_next):
-            compute_bound()
-            units, bases, largest, squares = of_group(), of_group(), of_group(), of_group()
-            firsts, seconds = of_block(), of_block()
-            for k in range(LANES):
-                units[k], bases[k] = scales_of(m_scales[k], v_scales[k])
-                largest[k] = squares[k] = uint32(0)
-            for row in range(0, BLOCK if whole else n, LANES):
-                row_key = noise(row, key)
-                for line in range(0, LANES * p_width, LINE):
-                    prefetch(p_next + row * p_width + line)
-                for line in range(0, LANES * g_width, LINE):
-                    prefetch(g_next + row * g_width + line)
-                prefetch(m_next + row)
-                prefetch(v_next + row)
-                for k in range(LANES if whole else min(LANES, n - row)):
-                    i = row + k
-                    old, mean = widen_codes(m[i], v[i], units[k], bases[k])
-                    first, second = advance(i, old, mean, p, r, g, e, a, s, factor, decay, noise(k, row_key))
-                    firsts[i], seconds[i] = first, second
-                    largest[k] = larger(largest[k], magnitude_bits(first))
-                    squares[k] = larger(squares[k], bits_of_float(second))
-            for k in range(LANES):
-                m_scales[k], v_scales[k], units[k], bases[k] = new_scales(largest[k], squares[k])
-            for row in range(0, BLOCK if whole else n, LANES):
-                row_key = noise(row, key)
-                for k in range(LANES if whole else min(LANES, n - row)):
-                    i = row + k
-                    m[i], v[i] = narrow_codes(firsts[i], seconds[i], units[k], bases[k], noise(k, row_key))
-
-        return block
-
-    whole_block, part_of_block = for_blocks(True), for_blocks(False)
+    whole_block, part_of_block = of_blocks(advance, p_width, g_width)
 
     @njit(error_model="numpy", _nrt=False)
     def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
@@ -228,29 +177,7 @@ def one_pass(
             m, v = octets(row[at.EXP_AVG] + start), octets(row[at.EXP_AVG_SQ] + start)
             group = start // BLOCK * LANES
             m_scales, v_scales = octets(row[at.EXP_AVG_SCALE] + group), octets(row[at.EXP_AVG_SQ_SCALE] + group)
-            soon = start + AHEAD
-            p_next, g_next = row[at.PARAM] + soon * p_width, row[at.GRAD] + soon * g_width
-            m_next, v_next = row[at.EXP_AVG] + soon, row[at.EXP_AVG_SQ] + soon
-            args = (
-                p,
-                r,
-                g,
-                m,
-                v,
-                m_scales,
-                v_scales,
-                e,
-                a,
-                count,
-                s,
-                factor,
-                decay,
-                even_key,
-                p_next,
-                g_next,
-                m_next,
-                v_next,
-            )
+            args = p, r, g, m, v, m_scales, v_scales, e, a, count, s, factor, decay, even_key, row, start
             if count == BLOCK:
                 whole_block(*args)
             else:
