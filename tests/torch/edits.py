@@ -139,6 +139,8 @@ def resized(tensor):
     """Memory that is given back, and other memory with the same values."""
     if not tensor.dim():  # ours shows counters that lie side by side
         return
+    if tensor.is_shared():  # PyTorch itself crashes: resized to 0 and back, its memory is at address 0
+        return
     kept, storage = tensor.clone(), tensor.untyped_storage()
     size = storage.nbytes()
     storage.resize_(0)
@@ -247,6 +249,9 @@ def in_place(name, change):
 
 
 def loaded(optimizer, params, *, generator):
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    if not {id(param) for param in optimizer.state} <= trained:  # PyTorch's own state_dict has a KeyError then
+        return
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
