@@ -87,6 +87,20 @@ def test_what_happens_to_parameters_and_gradients_between_steps():
     check_same(one, other)
 
 
+@pytest.mark.parametrize("change", [
+    lambda value: value.to(torch.bfloat16), lambda value: value.double(), lambda value: value.t().contiguous().t(),
+], ids=["bfloat16", "float64", "order"])  # fmt: skip
+def test_a_parameter_that_becomes_another_tensor_has_another_copy(change):
+    """As by ``model.to(...)`` after steps, which exchanges what is in a parameter and keeps the object."""
+    one, other = pair(shapes=[(70, 90), (5, 6)])
+    for optimizer, params in (one, other):
+        train(optimizer, params, 2)
+        params[0].data = change(params[0].detach())
+        params[0].grad = None
+        train(optimizer, params, 3)
+    check_same(one, other)
+
+
 @pytest.mark.parametrize("cls", [NAdam, NAdamW])
 def test_a_checkpoint_goes_on_in_either(cls):
     one, other = pair(cls=cls, lr=0.01)

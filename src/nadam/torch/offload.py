@@ -31,14 +31,14 @@ class Copy:
 
     def fetch(self) -> None:
         """Have values and gradient copied to the CPU."""
-        grad, kept = self._param.grad, self._grad
+        grad = self._param.grad
         self.host.copy_(self._param.detach(), non_blocking=not self._waits)
         if grad is None:
             self.host.grad = None
             return
-        if (kept.dtype, kept.shape, kept.stride()) != (grad.dtype, grad.shape, grad.stride()):
-            kept = self._grad = _on_the_cpu(grad)
-        self.host.grad = kept.copy_(grad, non_blocking=not self._waits)
+        if _lies(self._grad) != _lies(grad):
+            self._grad = _on_the_cpu(grad)
+        self.host.grad = self._grad.copy_(grad, non_blocking=not self._waits)
 
     def give_back(self) -> None:
         """Set the parameter to the copy's values."""
@@ -52,15 +52,17 @@ class Offload:
         self._copies: dict[int, Copy] = {}  # by the parameters' ids
         self._hosts: list[list[Tensor]] = []  # as the user's groups, with the copies
         self._sources: list[list[Tensor]] = []
+        self._layout: list[Any] = []  # of the parameters, as the copies were made of them
         self.state: dict[Any, State] = {}
 
     @torch.no_grad()
     def begin(self, groups: Groups, state: Any) -> Groups:
         """Fetch all; gives the groups with copies for parameters, whose state is in ``self.state``."""
         sources = [list(group["params"]) for group in groups]
-        if [list(map(id, each)) for each in sources] != [list(map(id, each)) for each in self._sources]:
-            old, self._sources, self.state = self._copies, sources, {}
-            self._copies = {id(p): old.get(id(p)) or Copy(p) for each in sources for p in each if is_away(p)}
+        layout = [[(id(param), param.device, *_lies(param)) for param in each] for each in sources]
+        if layout != self._layout:  # also where somebody has given a parameter another dtype, shape or device
+            self._layout, self._sources, self.state = layout, sources, {}
+            self._copies = {id(param): Copy(param) for each in sources for param in each if is_away(param)}
             self._hosts = [[self._host(param) for param in each] for each in sources]
         for param, host in self._pairs():
             if param not in state:
@@ -90,6 +92,11 @@ class Offload:
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters with what the step takes for them."""
         return zip(chain.from_iterable(self._sources), chain.from_iterable(self._hosts), strict=True)
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common of which one is to hold the values of the other."""
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _on_the_cpu(tensor: Tensor) -> Tensor:
