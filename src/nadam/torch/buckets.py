@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nadam.core.compressed import check_state_options, is_compressed, num_scales
+from nadam.core.compressed import SCALES, check_state_options, is_compressed, num_scales
 from nadam.core.gradient import Check, largest_passing
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.kernels.strides import LARGE, SHIFT
-from nadam.torch.compressed import SCALES, convert
+from nadam.torch.compressed import convert
 from nadam.torch.memory import FORMATS
 from nadam.torch.sharding import is_sharded, local, local_gradient
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nadam.core.compressed import SCALES as SCALES
-from nadam.core.compressed import narrowed, widened
+from nadam.core.compressed import SCALES
+from nadam.core.portable_formats import kept_moments, wide_moments
 
 
 def has_codes(state: Mapping[str, Any]) -> bool:
@@ -47,31 +47,26 @@ def memory_order(param: Tensor) -> list[int] | None:
     return None if like.is_contiguous() else sorted(range(like.dim()), key=lambda d: -like.stride(d))
 
 
-def convert(state: dict[str, Any], wants_codes: bool, remainder: torch.dtype) -> None:
-    """Have a parameter's state in the format that is wanted of it, rounded to nearest."""
+def convert(state: dict[str, Any], wants_codes: bool, remainder: torch.dtype) -> bool:
+    """Have state in the format that is wanted, rounded to nearest; gives whether moments have the values of before."""
+    rest, exact = state.get("remainder"), True
     if "exp_avg" in state and has_codes(state) != wants_codes:
-        first, second = state["exp_avg"], state["exp_avg_sq"]
-        flat = [_flat(tensor) for tensor in (first, second)]
-        if wants_codes:
-            *made, first_scale, second_scale = narrowed(*(moment.astype(np.float32) for moment in flat))
-            for name, scales in zip(SCALES.values(), (first_scale, second_scale), strict=True):
-                state[name] = torch.from_numpy(scales).to(first.device)
-        else:
-            made = list(widened(*flat, *(_flat(state.pop(name)) for name in SCALES.values())))
-        for name, like, values in zip(SCALES, (first, second), made, strict=True):
-            state[name] = torch.from_numpy(values).to(like.device).as_strided(like.shape, _strides(like))
-    rest = state.get("remainder")
+        like = state["exp_avg"]
+        order, names = memory_order(like), (*SCALES, *(() if wants_codes else SCALES.values()))
+        arrays = {name: _array(state[name]) for name in names}
+        made, exact = kept_moments(wide_moments(arrays, order), wants_codes, order)
+        for name in SCALES.values():
+            state.pop(name, None)
+        state.update({name: torch.from_numpy(array).to(like.device, copy=True) for name, array in made.items()})
     if rest is not None and rest.dtype != remainder:
-        wide = rest.to(torch.int32)
-        state["remainder"] = (wide << 8 if remainder == torch.int16 else (wide + 128 >> 8).clamp(max=127)).to(remainder)
+        bits = rest.to(torch.int32)
+        state["remainder"] = (bits << 8 if remainder == torch.int16 else (bits + 128 >> 8).clamp(max=127)).to(remainder)
+    return exact
 
 
-def _flat(tensor: Tensor) -> NDArray[Any]:
-    """A dense tensor's elements in their order of memory."""
-    plain = tensor.detach()
-    order = sorted(range(plain.dim()), key=lambda d: -plain.stride(d))
-    dense = plain.permute(order).reshape(-1)
-    return np.asarray((dense.float() if dense.dtype == torch.bfloat16 else dense).cpu().numpy())
+def _array(tensor: Tensor) -> NDArray[Any]:
+    plain = tensor.detach().cpu()
+    return np.asarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

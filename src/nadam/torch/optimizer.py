@@ -179,7 +179,7 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
                 group.setdefault(name, value)
             self._position = group.pop(POSITION, self._position)
             self._skipped = group.pop(SKIPPED, self._skipped)
-        state.complete(self.state, self._extras, self._options)
+        state.complete(self.state, self.param_groups, self._extras, self._options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of their own, as in `torch.optim`.
@@ -324,13 +324,16 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this class or of `torch.optim.NAdam`.
 
-        Moments keep the dtype that they have there, or get a wider one. Where both sides name their parameters, they
-        are matched by name.
+        Moments keep the dtype that they have there, or get a wider one; with ``state_bits`` they are rounded to it.
+        Where both sides name their parameters, they are matched by name.
 
         Raises:
             ValueError: It is another optimizer's, or of other parameters, or damaged; it says what is wrong, and
                 nothing has changed. Of Adam's and NAdamW's it says what takes them.
             RuntimeError: A call from within a step, as by a signal handler.
+
+        Warns:
+            UserWarning: Moments were rounded to 8 bits; it says of which parameters, and how far.
         """
         device = self._options.state_device
         self._load(state_dict, lambda _, given: state.checked(self.param_groups, given, device))

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nadam.core.compressed import SCALES
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable import ParamState, PortableState
 from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.buckets import extra_state
-from nadam.torch.compressed import SCALES, in_c_order, memory_order
+from nadam.torch.compressed import in_c_order, memory_order
 from nadam.torch.fallback import joined, store
 from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
 from nadam.torch.sharding import is_sharded

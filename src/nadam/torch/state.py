@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nadam.core.compressed import num_scales
+from nadam.core.compressed import SCALES, num_scales
 from nadam.core.hyperparameters import Hyperparameters
 from nadam.core.portable_checks import LARGEST_SCALES
+from nadam.core.portable_formats import warn_of_rounding
 from nadam.core.scalars import momentum_product
-from nadam.torch.buckets import STATE_DTYPES, StateOptions, extra_state, new_state
-from nadam.torch.compressed import SCALES, convert, fits_order, wide
+from nadam.torch.buckets import STATE_DTYPES, Groups, StateOptions, extra_state, name_of, new_state
+from nadam.torch.compressed import convert, fits_order, wide
 from nadam.torch.mistakes import check_owner
 from nadam.torch.sharding import is_sharded, local
 
@@ -183,15 +184,18 @@ def _placed(name: str, tensor: Tensor, param: Tensor, device: str | None) -> Ten
     return kept.copy_(tensor)
 
 
-def complete(state: Mapping[Any, Any], extras: Mapping[str, Any], options: StateOptions) -> None:
+def complete(state: Mapping[Any, Any], groups: Groups, extras: Mapping[str, Any], options: StateOptions) -> None:
     """After loading: put the tensors that were Kept in their places, and make what another optimizer does not keep."""
-    h = Hyperparameters(**extras)
+    h, rounded = Hyperparameters(**extras), set()
     for param, entry in state.items():
         entry.update({name: value.tensor for name, value in entry.items() if isinstance(value, Kept)})
         for name in SCALARS & entry.keys():
             value = entry[name]
             entry[name] = (value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")).to(torch.float64)
         if "exp_avg" in entry and not is_sharded(param):
-            convert(entry, options.compresses(param), options.remainder_dtype)
+            exact = convert(entry, options.compresses(param), options.remainder_dtype)
+            rounded |= set() if exact else {id(param)}
         if entry and not entry.keys() >= set(extra_state(param, h, options)):
             entry.update({**new_state(param, h, options), **entry})
+    places = ((i, place, p) for i, group in enumerate(groups) for place, p in enumerate(group["params"]))
+    warn_of_rounding([name_of(groups, i, place) for i, place, param in places if id(param) in rounded])

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nadam.core.compressed import BLOCK as TILE
+from nadam.core.compressed import SCALES
 from nadam.core.dtypes import COMPRESSED, HALF, SPLIT8, WIDE
 from nadam.kernels import layout as at
 from nadam.kernels.cpu.pointers import Pointers
 from nadam.kernels.gpu.passes import ALIGNED, BLOCK, CHUNK, EXCLUDED, FLAGS, KEY, TILE_WARPS, WARPS
 from nadam.kernels.strides import address, bounds, overlapping
-from nadam.torch.compressed import SCALES, has_codes
+from nadam.torch.compressed import has_codes
 from nadam.torch.memory import FORMATS, Array, Methods, check_apart, footprint, param_format, watching
 
 State = dict[str, Any]
