@@ -259,17 +259,23 @@ def save(path: Path, part: str, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be repeated")
+def arguments(what: str, parts: list[str]) -> argparse.Namespace:
+    """The command line of a study."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--part", choices=parts, action="append", help="only this one; may be repeated")
     parser.add_argument("--draw", action="store_true", help="train nothing, draw the record and print its tables")
     parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see that all of it runs")
     parser.add_argument("--docs", type=Path, help="folder of data/ and images/ (default: docs)")
     args = parser.parse_args()
     if args.quick and args.docs is None:
         parser.error("--quick: expected --docs FOLDER too, since docs/ has the record of the whole study")
-    docs = args.docs or ROOT / "docs"
-    path = docs / "data" / "convergence.json"
+    args.docs = args.docs or ROOT / "docs"
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0], PARTS)
+    docs, path = args.docs, args.docs / "data" / "convergence.json"
     torch.set_num_threads(1)
     for part in [] if args.draw else args.part or PARTS:
         print(part)

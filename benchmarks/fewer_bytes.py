@@ -15,7 +15,6 @@ All of a seed begin with the same weights, but for their rounding to bfloat16, a
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -29,8 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.convergence import Task, advance, digits_task, save, text_task, train
-from benchmarks.convergence_report import ROOT
+from benchmarks.convergence import Task, advance, arguments, digits_task, save, text_task, train
 from benchmarks.fewer_bytes_report import report
 from torch import Tensor, nn
 
@@ -218,16 +216,8 @@ def memory(quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--draw", action="store_true", help="train nothing, draw the record and print its tables")
-    parser.add_argument("--quick", action="store_true", help="a few steps of two seeds, to see that all of it runs")
-    parser.add_argument("--docs", type=Path, help="folder of data/ and images/ (default: docs)")
-    args = parser.parse_args()
-    if args.quick and args.docs is None:
-        parser.error("--quick: expected --docs FOLDER too, since docs/ has the record of the whole study")
-    docs = args.docs or ROOT / "docs"
-    path = docs / "data" / "fewer_bytes.json"
+    args = arguments(__doc__.splitlines()[0], PARTS)
+    docs, path = args.docs, args.docs / "data" / "fewer_bytes.json"
     for part in [] if args.draw else args.part or PARTS:
         if part == "bytes":
             found = {name: counted(name) for name in installed() if "nudged" not in name}

@@ -30,8 +30,10 @@ def _scratch(storage: Any, size: int) -> Any:
 
 
 _of_block, _of_group = _scratch(types.float32, BLOCK), _scratch(types.uint32, LANES)
+
 # Lines of memory are asked for so many elements before they are needed: the processor foresees a stream of loads, but
-# not one that pauses after each block. With it a step takes 0.87 of the time.
+# not one that pauses after each block. A step of 21M in PyTorch's training loop takes 0.79 of the time for it with
+# bfloat16 parameters, 0.85 with float32 ones.
 AHEAD, LINE = 1024, 64
 
 
@@ -65,8 +67,10 @@ def compute_bound(typing: Any) -> Any:
     """Tell LLVM that the time of the function that calls this is that of its arithmetic.
 
     It may use vectors of 512 bits, where it prefers 256 for the sake of the clock, and no two arguments point to the
-    same memory, about which it would ask at each row of a block. In training loops of 21M parameters a step takes 0.75
-    of the time with state in 8 bits, 0.93 with a bfloat16 first moment or a remainder; float32 is bound by memory.
+    same memory, about which it would ask at each row of a block. In PyTorch's training loop of 21M parameters the first
+    makes a step 0.79 of the time with bfloat16 parameters and state in 8 bits, 0.95 with float32 ones and that state,
+    0.91 with a bfloat16 first moment, 0.96 with a remainder of 16 bits; the second 0.96 of the first of these. Plain
+    float32 waits for memory.
     """
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
