@@ -15,13 +15,29 @@ CALLS = {
     "step": lambda host, state: host.step(GRADS),
     "state_dict": lambda host, state: host.optimizer.state_dict(),
     "load_state_dict": lambda host, state: host.optimizer.load_state_dict(state),
+    "finalize": lambda host, state: finalize(host),
+    "swap_ema": lambda host, state: swap(host),
 }
+
+
+def finalize(host):
+    if hasattr(host.optimizer, "finalize"):
+        host.optimizer.finalize()
+    else:
+        host.optimizer.finalize_variable_values(host.params)
+
+
+def swap(host):
+    if not hasattr(host.optimizer, "swap_ema"):
+        return finalize(host)
+    with host.optimizer.swap_ema():
+        return None
 
 
 @pytest.fixture(params=NAMES)
 def within(request, monkeypatch):
     """A host after two steps, its first state, and a function that does a step with a call in the middle of it."""
-    host = built(request.param, gradient_accumulation_steps=2)
+    host = built(request.param, gradient_accumulation_steps=2, use_ema=True)
     host.step(GRADS)
     first = deepcopy(host.optimizer.state_dict())  # as PyTorch gives them, tensors are those of the state
     host.step(GRADS)
@@ -66,7 +82,7 @@ def test_another_thread_waits(within, call):
     step_with(meanwhile)
     threads[0].join(30)
     assert len(given) == 1
-    assert host.state()["calls"][0] == {"step": 4, "state_dict": 3, "load_state_dict": 1}[call]
+    assert host.state()["calls"][0] == {"step": 4, "load_state_dict": 1}.get(call, 3)
     if call == "state_dict":
         host.optimizer.load_state_dict(given[0])
         assert host.state()["calls"][0] == 3
@@ -92,3 +108,30 @@ def test_a_step_waits_until_a_state_is_loaded():
     host.optimizer.load_state_dict(first)
     threads[0].join(30)
     assert host.state()["step"][0] == 2
+
+
+@pytest.mark.skipif("torch" not in NAMES, reason="PyTorch is not installed")
+def test_a_step_that_waited_while_averages_were_swapped_in_is_refused(monkeypatch):
+    host, said = built("torch", use_ema=True), []
+    host.step(GRADS)
+    optimizer, before = host.optimizer, host.state()
+
+    def step():
+        with pytest.raises(RuntimeError, match="step: called within swap_ema"):
+            optimizer.step()
+        said.append("refused")
+
+    thread, averaged = threading.Thread(target=step), type(optimizer)._averaged
+
+    def slowly(self):
+        if not thread.ident:
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive()
+        return averaged(self)
+
+    monkeypatch.setattr(type(optimizer), "_averaged", slowly)
+    with optimizer.swap_ema():
+        thread.join(30)
+    assert said == ["refused"]
+    assert same(before, host.state())

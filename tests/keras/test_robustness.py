@@ -310,6 +310,36 @@ def test_two_threads_that_build_one_optimizer(monkeypatch):  # 27
     assert len(optimizer.variables) == 3 + 2 * len(SHAPES)
 
 
+@pytest.mark.parametrize("call", ["apply", "finalize_variable_values", "save_own_variables", "load_own_variables"])
+def test_within_a_step_other_threads_wait_and_a_signal_handler_is_refused(call, monkeypatch):  # 25, 27
+    variables, optimizer, grads = variables_of(SHAPES), nadam.keras.Nadam(0.05, use_ema=True), grads_of(SHAPES)
+    optimizer.apply(grads, variables)
+    store, done, original = {}, [], type(nadam.keras.optimizer.backend).step
+    optimizer.save_own_variables(store)
+    given = {"apply": (grads, variables), "finalize_variable_values": (variables,)}.get(call, (store,))
+
+    def work():
+        getattr(optimizer, call)(*given)
+        done.append(call)
+
+    thread = threading.Thread(target=work)
+
+    def during(*args):
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match=f"{call}: called from within a step, as by a signal handler"):
+            work()
+        thread.start()
+        thread.join(0.2)
+        assert not done
+        original(*args)
+
+    monkeypatch.setattr(type(nadam.keras.optimizer.backend), "step", during)
+    optimizer.apply(grads, variables)
+    thread.join(60)
+    assert done == [call]
+    assert int(optimizer.iterations.numpy()) == {"apply": 3, "load_own_variables": 1}.get(call, 2)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Chunks so small that a few hundred elements are many, shared out at once; `around(kernel)` runs each slice."""

@@ -86,9 +86,9 @@ class Backend:
         """Around the creation of a variable's state: puts it on the same device."""
         return nullcontext()
 
-    def alone(self, optimizer: Optimizer, work: Callable[..., None], *args: Any) -> None:
-        """Do a step, ``work(*args)``, while no other thread does one."""
-        optimizer._runtime.exclusive.run("apply", work, *args)
+    def alone(self, optimizer: Optimizer, method: str, work: Callable[..., None], *args: Any) -> None:
+        """What a method does, ``work(*args)``, while no other thread does a step."""
+        optimizer._runtime.exclusive.run(method, work, *args)
 
     def sync_counters(self, optimizer: Optimizer) -> None:
         """Before anyone looks at the variables."""

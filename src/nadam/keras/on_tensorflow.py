@@ -85,11 +85,11 @@ class TensorFlowBackend(Backend):
             target, lambda to, value: to.assign(tf.cast(value, to.dtype)), args=(source.value,)
         )
 
-    def alone(self, optimizer: Optimizer, work: Callable[..., None], *args: Any) -> None:
+    def alone(self, optimizer: Optimizer, method: str, work: Callable[..., None], *args: Any) -> None:
         if optimizer._distribution_strategy.num_replicas_in_sync > 1:
             work(*args)  # replicas are threads that wait for one another in the middle of a step
         else:
-            super().alone(optimizer, work, *args)
+            super().alone(optimizer, method, work, *args)
 
     def step(self, optimizer: Optimizer, members: Sequence[int], grads: list[Any]) -> None:
         slots = optimizer._runtime.slots

@@ -268,7 +268,7 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
             self.build(trainable_variables)
         members, grads = calls.paired(self, grads, trainable_variables)
         step = calls.step_and_overwrite if self._runtime.overwritten else backend.step
-        backend.alone(self, step, self, members, grads)
+        backend.alone(self, "apply", step, self, members, grads)
 
     def _now(self, count: Any) -> Now:
         return calls.now(self, count)
@@ -278,7 +278,13 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
 
         Args:
             var_list: Which.
+
+        Raises:
+            RuntimeError: A call from within a step, as by a signal handler; another thread's step is waited for.
         """
+        backend.alone(self, "finalize_variable_values", self._finalize, var_list)
+
+    def _finalize(self, var_list: Sequence[Any]) -> None:
         if not (self.use_ema and self.built) or int(self._iterations.numpy()) < (self.gradient_accumulation_steps or 1):
             return
         self._check_variables_are_known(var_list)
@@ -291,8 +297,12 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         self.finalize_variable_values(trainable_variables)
 
     def save_own_variables(self, store: Any) -> None:
-        """Write the state into a store of Keras: what keras.optimizers.Nadam writes, each array labelled."""
-        state.save(self, store)
+        """Write the state into a store of Keras: what keras.optimizers.Nadam writes, each array labelled.
+
+        Raises:
+            RuntimeError: A call from within a step, as by a signal handler; another thread's step is waited for.
+        """
+        backend.alone(self, "save_own_variables", state.save, self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the state from a store of Keras, of this class or keras.optimizers.Nadam.
@@ -302,8 +312,9 @@ class Nadam(Configured, keras.optimizers.Optimizer):  # type: ignore[misc]
         Raises:
             ValueError: The state is another optimizer's, of other variables or arguments, or damaged; it says what is
                 wrong, and nothing has changed.
+            RuntimeError: A call from within a step, as by a signal handler; another thread's step is waited for.
         """
-        state.load_or_keep(self, store)
+        backend.alone(self, "load_own_variables", state.load_or_keep, self, store)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as values that Keras can save.

@@ -92,7 +92,7 @@ def load_or_keep(optimizer: Optimizer, store: Any) -> None:
     """Read the state, or keep it until the optimizer is built."""
     read = _read(store)
     if not read:
-        warnings.warn(f"{optimizer.name}: there is no optimizer state to load", stacklevel=3)
+        warnings.warn(f"{optimizer.name}: there is no optimizer state to load", stacklevel=5)
     elif optimizer.built:
         load(optimizer, read)
     else:

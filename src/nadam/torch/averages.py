@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nadam.core.exclusive import Exclusive
 from nadam.torch.fallback import joined, store
 from nadam.torch.sharding import local
 
@@ -19,6 +20,7 @@ class WithAverages:
     param_groups: list[dict[str, Any]]
     state: Any
     _extras: dict[str, Any]
+    _exclusive: Exclusive
     _swapped = False  # whether the parameters have the values of their averages
 
     @contextmanager
@@ -26,7 +28,7 @@ class WithAverages:
         """Within the block, parameters have the values of their moving averages, and `step` is refused.
 
         Raises:
-            RuntimeError: ``use_ema`` is not set.
+            RuntimeError: ``use_ema`` is not set; a call from within a step, as by a signal handler.
 
         Example:
             >>> from nadam.torch import NAdam
@@ -35,24 +37,37 @@ class WithAverages:
             >>> with optimizer.swap_ema():
             ...     pass  # evaluate
         """
-        kept = [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
-        before, self._swapped = self._swapped, True
+        kept: list[Any] = []
+        before = self._swapped
         try:
-            self.finalize()
+            self._exclusive.run("swap_ema", self._swap_in, kept)
             yield
         finally:
-            self._swapped = before
-            with torch.no_grad():
-                for param, entry, value in kept:
-                    store(param, entry, value)
+            self._exclusive.run("swap_ema", self._swap_out, kept, before)
 
-    @torch.no_grad()
     def finalize(self) -> None:
         """Set parameters to their moving averages; before the first update nothing happens.
 
+        Another thread's step is waited for.
+
         Raises:
-            RuntimeError: ``use_ema`` is not set.
+            RuntimeError: ``use_ema`` is not set; a call from within a step, as by a signal handler.
         """
+        self._exclusive.run("finalize", self._take_averages)
+
+    def _swap_in(self, kept: list[Any]) -> None:
+        kept += [(param, entry, joined(param.detach(), entry).clone()) for param, entry in self._averaged()]
+        self._swapped = True
+        self._take_averages()
+
+    @torch.no_grad()
+    def _swap_out(self, kept: list[Any], before: bool) -> None:
+        for param, entry, value in kept:
+            store(param, entry, value)
+        self._swapped = before
+
+    @torch.no_grad()
+    def _take_averages(self) -> None:
         for param, entry in self._averaged():
             store(param, entry, entry["ema"])
 

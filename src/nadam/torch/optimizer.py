@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,18 +17,18 @@ from nadam.core.gradient import Check
 from nadam.core.hyperparameters import BiasCorrection
 from nadam.core.names import known_arguments, refuse
 from nadam.core.step import StepReport, step
-from nadam.torch import buckets, mistakes, settings, state
+from nadam.torch import buckets, mistakes, settings
 from nadam.torch.averages import WithAverages
 from nadam.torch.bucket_cache import BucketCache
-from nadam.torch.compressed import in_c_order
+from nadam.torch.checkpoints import WithCheckpoints
 from nadam.torch.fallback import Row, differentiable_step
 from nadam.torch.gpu import bucket_cache as gpu
 from nadam.torch.offload import Offload
 
-POSITION, SKIPPED = "accumulation_position", "skipped_steps"  # of a group, in checkpoints
+WITHIN_SWAP = "step: called within swap_ema, at whose end the parameters get back what they were"
 
 
-class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
+class NAdam(WithAverages, WithCheckpoints):
     """Nadam in the place of `torch.optim.NAdam`: the same arguments, numbers, groups and state, in one pass.
 
         momentum        = beta1 * (1 - 0.96**(step * momentum_decay) / 2)
@@ -163,24 +163,6 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
         """The settings of the whole optimizer."""
         return {**self._extras, **self._options._asdict()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("_extras", "_options")}
-        counters = dict(zip(("_position", "_skipped"), self._counters(), strict=True))
-        return {**super().__getstate__(), **own, **counters}
-
-    def __setstate__(self, given: dict[str, Any]) -> None:
-        counters: dict[str, Any] = {name: given[name] for name in ("_position", "_skipped") if name in given}
-        super().__setstate__(given)
-        self.__dict__.setdefault("_exclusive", Exclusive())  # a copy's own; while a state is loaded, the one at work
-        self._forget()
-        self.__dict__.update(counters)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            self._position = group.pop(POSITION, self._position)
-            self._skipped = group.pop(SKIPPED, self._skipped)
-        state.complete(self.state, self.param_groups, self._extras, self._options)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of their own, as in `torch.optim`.
 
@@ -220,7 +202,7 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if self._swapped:
-            raise RuntimeError("step: called within swap_ema, at whose end the parameters get back what they were")
+            raise RuntimeError(WITHIN_SWAP)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -231,6 +213,8 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
         return loss
 
     def _kernel_step(self) -> None:
+        if self._swapped:  # by another thread, for whose call this one waited
+            raise RuntimeError(WITHIN_SWAP)
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
         self._sync_counters()
         self._counting = None
@@ -296,71 +280,6 @@ class NAdam(WithAverages, Optimizer):  # type: ignore[misc]
     def __repr__(self) -> str:
         shown = mistakes.shown(self._of_all())
         return str(super().__repr__()).replace("(\n", f"(\n{shown}", 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.NAdam`'s, which loads it; with the moving averages and accumulators, where there are any.
-
-        Another thread's step is waited for.
-
-        Raises:
-            RuntimeError: A call from within a step, as by a signal handler.
-        """
-        return self._exclusive.run("state_dict", self._state_dict)
-
-    def _state_dict(self) -> dict[str, Any]:
-        position, skipped = self._counters()
-        shown = {POSITION: position} if self._extras["gradient_accumulation_steps"] is not None else {}
-        shown |= {SKIPPED: skipped} if self._extras["skip_nonfinite"] else {}
-        for group in self.param_groups:
-            group.update(shown)
-        try:
-            made = dict(super().state_dict())
-            return {**made, "state": {key: in_c_order(entry) for key, entry in made["state"].items()}}
-        finally:
-            for group in self.param_groups:
-                group.pop(POSITION, None)
-                group.pop(SKIPPED, None)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of this class or of `torch.optim.NAdam`.
-
-        Moments keep the dtype that they have there, or get a wider one; with ``state_bits`` they are rounded to it.
-        Where both sides name their parameters, they are matched by name.
-
-        Raises:
-            ValueError: It is another optimizer's, or of other parameters, or damaged; it says what is wrong, and
-                nothing has changed. Of Adam's and NAdamW's it says what takes them.
-            RuntimeError: A call from within a step, as by a signal handler.
-
-        Warns:
-            UserWarning: Moments were rounded to 8 bits; it says of which parameters, and how far.
-        """
-        device = self._options.state_device
-        self._load(state_dict, lambda _, given: state.checked(self.param_groups, given, device))
-
-    def load_adam_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of `torch.optim.Adam` or `AdamW`: its moments and steps.
-
-        The momentum product is that of so many steps with the settings here; settings are not taken over.
-
-        Raises:
-            ValueError: As of `load_state_dict`.
-        """
-        self._load(state_dict, lambda _, given: state.of_adam(self.param_groups, given))
-
-    def _load(self, state_dict: Mapping[str, Any], prepare: Callable[[Any, Any], Any]) -> None:
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
-
-        def checked(optimizer: Any, given: Mapping[str, Any]) -> Any:
-            mistakes.check_saved_groups(given, self._of_all())
-            return prepare(optimizer, given)
-
-        handle = self.register_load_state_dict_pre_hook(checked)  # after the user's own
-        try:
-            self._exclusive.run("load_state_dict", super().load_state_dict, dict(state_dict))
-        finally:
-            handle.remove()
 
 
 refuse(NAdam, mistakes.SETTINGS, mistakes.where_it_belongs)

@@ -18,9 +18,10 @@ from nadam.core.portable import ParamState, PortableState
 from nadam.core.portable_settings import hyperparameters_of, settings_of
 from nadam.torch import settings
 from nadam.torch.buckets import extra_state
+from nadam.torch.checkpoints import POSITION, SKIPPED
 from nadam.torch.compressed import in_c_order, memory_order
 from nadam.torch.fallback import joined, store
-from nadam.torch.optimizer import POSITION, SKIPPED, NAdam
+from nadam.torch.optimizer import NAdam
 from nadam.torch.sharding import is_sharded
 
 Groups = Sequence[Mapping[str, Any]]
