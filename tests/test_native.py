@@ -37,7 +37,7 @@ print(json.dumps({
     "numba": "numba" in sys.modules,
 }))
 """
-KERNELS = 2  # that these steps need
+KERNELS = 3  # that these steps need
 NO_HOME = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody\n"
 NO_WRITING = "import tempfile\ndef denied(**_): raise OSError(30, 'Read-only file system')\ntempfile.mkstemp = denied\n"
 NO_RENAMING = "import os\ndef denied(*_): raise OSError(28, 'No space left')\nos.replace = denied\n"

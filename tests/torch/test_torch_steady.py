@@ -17,20 +17,26 @@ SETTINGS = {
     "limited": {"clipvalue": 0.5, "betas": (0.3, 0.9999), "use_ema": True, "ema_overwrite_frequency": 7},
     "extreme": {"betas": (0.0, 0.0), "momentum_decay": float("inf"), "eps": 0.0, "global_clipnorm": 1e9},
 }
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+ROUNDED = {
+    "8 bits": {"state_bits": 8, "remainder": 8, "seed": 7, "weight_decay": 0.1},
+    "bfloat16": {"exp_avg_dtype": torch.bfloat16, "seed": 2**32 - 1, "global_clipnorm": 0.5},
+}
+MIXED = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, MIXED]
 
 
 class Watch:
-    """How many updates were done at once, by the kernel that makes their scalars itself."""
+    """How many updates were done at once, by the kernels that make their scalars themselves."""
 
     def __init__(self, monkeypatch):
-        self.count, update = 0, plan.FusedStep.update
+        self.count, update = 0, plan.KernelPlan.update_at_once
 
         def counted(own, *args):
-            self.count += 1
-            update(own, *args)
+            done = update(own, *args)
+            self.count += done
+            return done
 
-        monkeypatch.setattr(plan.FusedStep, "update", counted)
+        monkeypatch.setattr(plan.KernelPlan, "update_at_once", counted)
 
 
 @pytest.fixture
@@ -54,7 +60,11 @@ class Run:
     """An optimizer with two groups or one, a schedule, and gradients that are the same for all runs."""
 
     def __init__(self, kind, dtype=torch.float32, groups=1, steps=100, **settings):
-        self.params = parameters(dtype, shapes=SHAPES * groups)
+        dtypes = [dtype] if isinstance(dtype, torch.dtype) else dtype  # taken in turns
+        shapes = [(5000,), *SHAPES] if "state_bits" in settings else SHAPES
+        self.params = parameters(shapes=shapes * groups)
+        for i, param in enumerate(self.params):
+            param.data = param.data.to(dtypes[i % len(dtypes)])
         self.gradients = Gradients(scale=0.3)
         split = [self.params[i::groups] for i in range(groups)]
         self.optimizer = kind([{"params": own, "lr": 0.01 * (i + 1)} for i, own in enumerate(split)], **settings)
@@ -71,10 +81,10 @@ class Run:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64", "bfloat16", "mixed"])
+@pytest.mark.parametrize("settings", [*SETTINGS, *ROUNDED])
 def test_the_same_bits(watch, settings, dtype, groups):
-    fast, slow = (Run(kind, dtype, groups, **SETTINGS[settings]) for kind in (NAdam, Slow))
+    fast, slow = (Run(kind, dtype, groups, **(SETTINGS | ROUNDED)[settings]) for kind in (NAdam, Slow))
     for _ in range(100):
         fast.step()
         slow.step()
@@ -220,7 +230,7 @@ def test_an_interrupt_between_slices(monkeypatch, slices):
     for _ in range(steps):
         gradients.give(params)
         optimizer.step()
-    at_once = optimizer._buckets.buckets[0].plan._fused
+    at_once = optimizer._buckets.buckets[0].plan._fused[0]
     name, left = ("_pass", slices - 1) if slices else ("_update_kernel", 0)
     kernel = getattr(at_once, name)
 
@@ -244,6 +254,31 @@ def test_an_interrupt_between_slices(monkeypatch, slices):
     optimizer.step()
     assert optimizer.last_step.step == counted + 1
     assert [float(optimizer.state[param]["step"]) for param in params] == [steps + 1 + one for one in moved]
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_an_interrupt_between_groups_of_formats(monkeypatch, done):
+    run = Run(NAdam, MIXED)
+    for _ in range(3):
+        run.step()
+    fused = run.optimizer._buckets.buckets[0].plan._fused
+    assert len(fused) == len(MIXED)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def counted(i):
+        return float(run.optimizer.state[run.params[i]]["step"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused[done], "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.step()
+    moved = [int(i) for each in fused[:done] for i in each._group.members]
+    sized = [i for i, param in enumerate(run.params) if param.numel()]  # of the others nothing can move
+    assert [counted(i) for i in sized] == [3 + (i in moved) for i in sized]
+    run.optimizer.step()
+    assert [counted(i) for i in sized] == [4 + (i in moved) for i in sized]
 
 
 def test_gradients_that_never_lie_the_same_way_twice(watch):

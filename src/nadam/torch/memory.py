@@ -71,8 +71,7 @@ class TensorPlan:
             fields = [*formats, param, footprint(real(grad)), *state, slot.decays, slot.averaged]
             tensors.append(TensorMemory._make(fields))
         self.slots, self.grads = slots, grads
-        options = {"fuses": True, "keep": list(slots), "default_threads": torch.get_num_threads}
-        self.plan = KernelPlan(tensors, np.array(members, np.int64), seed, **options)
+        self.plan = KernelPlan(tensors, np.array(members, np.int64), seed, list(slots), torch.get_num_threads)
 
 
 Named = Sequence[tuple[str, torch.Tensor]]

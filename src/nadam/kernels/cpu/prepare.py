@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba import float64, int64, literal_unroll, njit, types
+from numba import float64, int64, literal_unroll, njit, types, uint32
 from numba.extending import intrinsic
 
 from nadam.core.counters import CALLS, MOMENTUM_PRODUCT, SEEN, SKIPPED
@@ -16,7 +16,7 @@ from nadam.core.rebind import bind_scalars, rebind
 from nadam.core.scalars import Settings, log, where
 from nadam.kernels import layout as at
 from nadam.kernels.cpu import plan as own
-from nadam.kernels.cpu.formats import CASTS, FORMATS
+from nadam.kernels.cpu.formats import CASTS, FORMATS, hash32
 from nadam.kernels.cpu.memory import doubles, fields_of, integers, pointer_to
 from nadam.kernels.cpu.passes import maximum
 
@@ -73,9 +73,9 @@ def norms() -> Any:
     return kernel
 
 
-def update(compute: str) -> Any:
-    """The kernel that makes an update's scalars and counters and runs the one pass."""
-    values, narrow = pointer_to(FORMATS[compute].storage), CASTS[compute]
+def update(compute: str, rounds: bool) -> Any:
+    """The kernel that makes an update's scalars, counters and, if it ``rounds``, keys, and runs the one pass."""
+    values, words, narrow = pointer_to(FORMATS[compute].storage), pointer_to(uint32), CASTS[compute]
     settings = fields_of(Settings, float64)
     made = bind_scalars(
         lambda function, **names: njit(rebind(function, **names)),
@@ -103,6 +103,11 @@ def update(compute: str) -> Any:
         for tensor in range(b[own.NUM_TENSORS]):
             factors[tensor] = narrow(x[own.GRAD_FACTOR])
             decays[tensor] = narrow(excluded[tensor] * s.decay)
+        if rounds:
+            keys, streams = words(arguments[at.EXTRA + 3]), integers(b[own.STREAMS])
+            key = hash32(uint32(int64(step)), uint32(b[own.SEED]))
+            for tensor in range(b[own.NUM_TENSORS]):
+                keys[tensor] = hash32(uint32(streams[tensor]), key)
         after[CALLS], after[SKIPPED] = counters[CALLS] + 1.0, counters[SKIPPED]
         after[MOMENTUM_PRODUCT] = product
         shown = b[own.SHOWN]
