@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from nadam.core.compressed import BLOCK, FIRST_BITS, FIRST_MARGIN, LANES, SECOND_BINADES, SECOND_MARGIN, WEYL
 from nadam.kernels import layout as at
 from nadam.kernels.cpu.formats import KEEP_NAN, added, bits_of_float, choose, float_from_bits, multiplied
+from nadam.kernels.cpu.hints import AHEAD, apart, prefetch, prefetch_to_write, wide_vectors
 
 
 def _scratch(storage: Any, size: int) -> Any:
@@ -30,11 +31,6 @@ def _scratch(storage: Any, size: int) -> Any:
 
 
 _of_block, _of_group = _scratch(types.float32, BLOCK), _scratch(types.uint32, LANES)
-
-# Lines of memory are asked for so many elements before they are needed: the processor foresees a stream of loads, but
-# not one that pauses after each block. A step of 21M in PyTorch's training loop takes 0.79 of the time for it with
-# bfloat16 parameters, 0.85 with float32 ones.
-AHEAD, LINE = 1024, 64
 
 
 @intrinsic
@@ -60,41 +56,6 @@ def shifted_code(typing: Any, bits: Any) -> Any:
 def signed_float(typing: Any, byte: Any) -> Any:
     """A byte, as a signed number, in float32."""
     return types.float32(types.uint8), lambda context, builder, sig, args: builder.sitofp(args[0], ir.FloatType())
-
-
-@intrinsic
-def compute_bound(typing: Any) -> Any:
-    """Tell LLVM that the time of the function that calls this is that of its arithmetic.
-
-    It may use vectors of 512 bits, where it prefers 256 for the sake of the clock, and no two arguments point to the
-    same memory, about which it would ask at each row of a block. In PyTorch's training loop of 21M parameters the first
-    makes a step 0.79 of the time with bfloat16 parameters and state in 8 bits, 0.95 with float32 ones and that state,
-    0.91 with a bfloat16 first moment, 0.96 with a remainder of 16 bits; the second 0.96 of the first of these. Plain
-    float32 waits for memory.
-    """
-
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows no attributes of strings
-        for argument in builder.function.args:
-            if isinstance(argument.type, ir.PointerType):
-                argument.add_attribute("noalias")
-        return context.get_dummy_value()
-
-    return types.void(), build
-
-
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
-    """Have the line of memory at an address brought to the caches."""
-
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
 
 
 @njit(inline="always")
@@ -155,7 +116,8 @@ def of_blocks(advance: Callable[..., Any], p_width: int, g_width: int) -> tuple[
     def over(whole: bool) -> Any:
         @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
         def block(p, r, g, m, v, m_scales, v_scales, e, a, n, s, factor, decay, key, descriptor, start):
-            compute_bound()
+            apart()
+            wide_vectors()
             soon = start + AHEAD
             p_next, g_next = descriptor[at.PARAM] + soon * p_width, descriptor[at.GRAD] + soon * g_width
             m_next, v_next = descriptor[at.EXP_AVG] + soon, descriptor[at.EXP_AVG_SQ] + soon
@@ -166,12 +128,10 @@ def of_blocks(advance: Callable[..., Any], p_width: int, g_width: int) -> tuple[
                 largest[k] = squares[k] = uint32(0)
             for row in range(0, BLOCK if whole else n, LANES):
                 row_key = noise(row, key)
-                for line in range(0, LANES * p_width, LINE):
-                    prefetch(p_next + row * p_width + line)
-                for line in range(0, LANES * g_width, LINE):
-                    prefetch(g_next + row * g_width + line)
-                prefetch(m_next + row)
-                prefetch(v_next + row)
+                prefetch_to_write(p_next + row * p_width, LANES * p_width)
+                prefetch(g_next + row * g_width, LANES * g_width)
+                prefetch_to_write(m_next + row, LANES)
+                prefetch_to_write(v_next + row, LANES)
                 for k in range(LANES if whole else min(LANES, n - row)):
                     i = row + k
                     old, mean = widen_codes(m[i], v[i], units[k], bases[k])

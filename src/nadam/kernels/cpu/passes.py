@@ -17,7 +17,7 @@ from nadam.core.dtypes import COMPRESSED, COMPUTE_DTYPE, HALF, SPLIT, SPLIT8, WI
 from nadam.core.rebind import bind_element, rebind
 from nadam.core.scalars import Scalars, where
 from nadam.kernels import layout as at
-from nadam.kernels.cpu.compressed import compute_bound, noise, of_blocks
+from nadam.kernels.cpu.compressed import noise, of_blocks
 from nadam.kernels.cpu.formats import (
     CASTS,
     FORMATS,
@@ -29,6 +29,7 @@ from nadam.kernels.cpu.formats import (
     split_8_bits_plain,
     widen_bfloat16,
 )
+from nadam.kernels.cpu.hints import AHEAD, WORTH_PREFETCHING, apart, prefetch, prefetch_to_write, wide_vectors
 from nadam.kernels.cpu.memory import PIECE, access, doubles, fetch_add, fields_of, integers, pointer_to
 
 # A chunk that is copied out and back takes up to so many times as long; the budget is one of time.
@@ -125,7 +126,7 @@ def one_pass(
     grad_scratch, open_grad, _ = access(grad_format)
     values, scalars = pointer_to(FORMATS[compute].storage), fields_of(Scalars, FORMATS[compute].storage)
     width, rest_width = FORMATS[compute].width, remainder.width
-    p_width, g_width = FORMATS[param_format].width, FORMATS[grad_format].width
+    p_width, g_width, m_width = FORMATS[param_format].width, FORMATS[grad_format].width, 2 if halved else width
     whole = njit(inline="always")(lambda param: param)
     read_back = njit(inline="always")(lambda param: widen(narrow(param)))
     stored_as = read_back if averaged and param_format in ("float16", "bfloat16") else whole
@@ -151,15 +152,33 @@ def one_pass(
         return first, second
 
     @njit(error_model="numpy", fastmath=KEEP_NAN, _nrt=False)
-    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key, even_key):
+    def elements(p, r, g, m, v, e, a, n, s, factor, decay, start, key, even_key, descriptor):
+        apart()
         if halved or split:
-            compute_bound()
-        for i in range(n):
-            old = widen_bfloat16(m[i]) if halved else m[i]
-            bits = noise(i, even_key) if noisy else uint32(0)
-            first, second = advance(i, old, v[i], p, r, g, e, a, s, factor, decay, bits)
-            m[i] = narrow_bfloat16_stochastic(first, hash32(start + i, key)) if halved else first
-            v[i] = second
+            wide_vectors()
+        soon = start + AHEAD
+        p_next, g_next = descriptor[at.PARAM] + soon * p_width, descriptor[at.GRAD] + soon * g_width
+        m_next, v_next = descriptor[at.EXP_AVG] + soon * m_width, descriptor[at.EXP_AVG_SQ] + soon * width
+        e_next = descriptor[at.EMA] + soon * width
+        row, last = 0, n - AHEAD if n >= WORTH_PREFETCHING else 0  # what follows the chunk may be no memory at all
+        while row < n:
+            end = row + LANES
+            if end <= last:
+                prefetch_to_write(p_next + row * p_width, LANES * p_width)
+                prefetch(g_next + row * g_width, LANES * g_width)
+                prefetch_to_write(m_next + row * m_width, LANES * m_width)
+                prefetch_to_write(v_next + row * width, LANES * width)
+                if averaged:
+                    prefetch_to_write(e_next + row * width, LANES * width)
+            else:
+                end = n
+            for i in range(row, end):
+                old = widen_bfloat16(m[i]) if halved else m[i]
+                bits = noise(i, even_key) if noisy else uint32(0)
+                first, second = advance(i, old, v[i], p, r, g, e, a, s, factor, decay, bits)
+                m[i] = narrow_bfloat16_stochastic(first, hash32(start + i, key)) if halved else first
+                v[i] = second
+            row = end
 
     whole_block, part_of_block = of_blocks(advance, p_width, g_width)
 
@@ -183,9 +202,9 @@ def one_pass(
             else:
                 part_of_block(*args)
         else:
-            m = halves(row[at.EXP_AVG] + start * 2) if halved else values(row[at.EXP_AVG] + start * width)
+            m = (halves if halved else values)(row[at.EXP_AVG] + start * m_width)
             v = values(row[at.EXP_AVG_SQ] + start * width)
-            elements(p, r, g, m, v, e, a, count, s, factor, decay, start, key, even_key)
+            elements(p, r, g, m, v, e, a, count, s, factor, decay, start, key, even_key, row)
         close_param(p, row[at.PARAM], param_layout, start, count)
 
     return shared(body, compressed)
@@ -217,12 +236,14 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
     """
     widen_grad, to_compute = FORMATS[grad_format].widen, CASTS[compute]
     grad_scratch, open_grad, _ = access(grad_format)
-    values, width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width
+    values, width, g_width = pointer_to(FORMATS[compute].storage), FORMATS[compute].width, FORMATS[grad_format].width
 
     @njit(error_model="numpy", fastmath=ANY_ORDER, _nrt=False)
-    def elements(g, a, n, inv_scale, largest, scale):
+    def elements(g, a, n, inv_scale, largest, scale, g_next):
         total, outside = 0.0, 0
         for begin in range(0, n, PIECE):  # the order of the sum is then the same whether the tensor is dense or not
+            if begin + 2 * PIECE <= n:
+                prefetch(g_next + begin * g_width, PIECE * g_width)
             subtotal = 0.0
             for i in range(begin, min(begin + PIECE, n)):
                 grad = to_compute(widen_grad(g[i]))
@@ -243,7 +264,8 @@ def measure(grad_format: str, compute: str, accumulated: bool, counted: bool) ->
     def body(ticket, tensor, row, param_layout, grad_layout, start, count, b):
         g = open_grad(row[at.GRAD], grad_layout, start, count, grad_scratch())
         a, s = values(row[at.ACCUMULATOR] + start * width), values(b[at.EXTRA])
-        total, outside = elements(g, a, count, s[0], s[1], doubles(b[at.EXTRA + 1])[0])
+        g_next = row[at.GRAD] + (start + PIECE) * g_width
+        total, outside = elements(g, a, count, s[0], s[1], doubles(b[at.EXTRA + 1])[0], g_next)
         doubles(b[at.EXTRA + 2])[ticket] += total
         integers(b[at.EXTRA + 3])[ticket] += outside
 
