@@ -222,6 +222,9 @@ BROKEN = {
     r"state\[1\]: no 'exp_avg'": lambda s: s["state"][1].pop("exp_avg"),
     r"no 'param_groups'": lambda s: s.pop("param_groups"),
     r"different number of parameter groups": lambda s: s["param_groups"].append(s["param_groups"][0]),
+    r"state: it has entries of \[0\], param_groups parameters of \[-1, 1": lambda s: s["param_groups"][0].update(
+        params=[-1, *s["param_groups"][0]["params"][1:]]
+    ),
     r"doesn't match the size": lambda s: s["param_groups"][0]["params"].pop(),
 }
 

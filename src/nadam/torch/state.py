@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nadam.core.compressed import SCALES, num_scales
 from nadam.core.hyperparameters import Hyperparameters
-from nadam.core.portable_checks import LARGEST_SCALES
+from nadam.core.portable_checks import LARGEST_SCALES, some
 from nadam.core.portable_formats import warn_of_rounding
 from nadam.core.scalars import momentum_product
 from nadam.torch.buckets import STATE_DTYPES, Groups, StateOptions, extra_state, name_of, new_state
@@ -65,8 +65,11 @@ def _checked(
                 )
             order = [names.index(name) for name in known]
             theirs["params"], theirs["param_names"] = [theirs["params"][j] for j in order], list(known)
-    ids = chain.from_iterable(group["params"] for group in saved)
+    ids = list(chain.from_iterable(group["params"] for group in saved))
     params = chain.from_iterable(group["params"] for group in groups)
+    strays = state.keys() - set(ids)
+    if strays:
+        raise ValueError(f"state: it has entries of {some(list(strays))}, param_groups parameters of {some(ids)}")
     for key, param in zip(ids, params, strict=True):
         if key in state:
             state[key] = _entry(f"state[{key}]", state[key], param, required, device)
