@@ -8,8 +8,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 # Lines of memory are asked for so many elements before they are needed: the processor foresees a stream of loads only
-# within a page, and not one that pauses after each block of codes. In training loops of 21M parameters a step takes for
-# it some 0.93 of the time in PyTorch and NumPy, 0.79 with moments of 8 bits and bfloat16 parameters.
+# within a page, and not one that pauses after each block of codes. In PyTorch's training loop of 21M parameters a step
+# takes for it 0.91 and 0.95 of the time, with clipping and an average 0.90 and 0.91 (two runs, before and after);
+# with moments of 8 bits and bfloat16 parameters, by lines asked for to be read, 0.79.
 AHEAD = 512
 WORTH_PREFETCHING = 4096  # elements; with fewer, asking takes longer than waiting
 LINE = 64
